@@ -1,0 +1,49 @@
+# make train: from a fresh clone to a trained model and its report. make test: the default suite. make check: everything CI runs.
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+
+.PHONY: install dev train test test-slow parity lint types check claims docs clean
+
+install: .venv/installed
+dev: .venv/installed-dev
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) -e .
+	touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) -e '.[dev,parity]'
+	touch $@
+
+train: install
+	$(BIN)/gruppo train
+
+test: dev
+	$(BIN)/python -m pytest -m 'not slow and not claim and not gpu'
+
+test-slow: dev
+	$(BIN)/python -m pytest -m 'slow'
+
+claims: dev
+	$(BIN)/python -m pytest -m 'claim'
+
+parity: dev
+	$(BIN)/python -m pytest -m parity
+
+lint: dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/codespell
+
+types: dev
+	$(BIN)/basedpyright
+
+check: lint types test
+
+docs: dev
+	$(BIN)/python -m gruppo.docs
+
+clean:
+	rm -rf .venv build dist

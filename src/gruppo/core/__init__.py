@@ -1,0 +1,1 @@
+"""Pure tensor functions: no classes with hidden state, no models, no logging."""

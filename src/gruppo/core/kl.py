@@ -1,0 +1,68 @@
+"""Divergence from the reference: estimators from two log-probs, and the wrapper that adds one to a loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from gruppo.types import Batch, Group, GruppoError, Loss, Scope, Steps
+
+
+def k1(logp: Float[Tensor, "*S"], logp_ref: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """logp - logp_ref: unbiased, may be negative."""
+    return logp - logp_ref
+
+
+def k3(logp: Float[Tensor, "*S"], logp_ref: Float[Tensor, "*S"]) -> Float[Tensor, "*S"]:
+    """exp(d) - d - 1 with d = logp_ref - logp: unbiased, never negative."""
+    d = logp_ref - logp
+    return d.exp() - d - 1
+
+
+@dataclass(frozen=True)
+class WithKL:
+    """loss + beta * divergence(logp, logp_ref), per step."""
+
+    loss: Loss
+    beta: float
+    divergence: Callable[[Tensor, Tensor], Tensor] = k3
+
+    @property
+    def scope(self) -> Scope:
+        return self.loss.scope
+
+    def __call__(self, batch: Batch, now: Steps, ref: Steps | None) -> tuple[Tensor, dict[str, Tensor]]:
+        if ref is None:
+            raise GruppoError(f"this loss adds {self.beta} * KL to the reference, but the run has no reference policy")
+        loss, stats = self.loss(batch, now, ref)
+        kl = torch.where(batch.mask, self.divergence(now.logp, ref.logp), torch.zeros_like(loss))
+        return loss + self.beta * kl, {**stats, "kl": kl}
+
+
+def with_kl(loss: Loss, beta: float, divergence: Callable[[Tensor, Tensor], Tensor] = k3) -> Loss:
+    """`WithKL`, or the bare loss when beta is 0."""
+    return loss if beta == 0 else WithKL(loss, beta, divergence)
+
+
+@dataclass(frozen=True)
+class MinusKL:
+    """reward - beta * sum_t (logp - logp_ref) over the trained steps: the penalty inside the reward."""
+
+    reward: Callable[[Group], Tensor]
+    beta: float
+
+    def __call__(self, group: Group) -> Tensor:
+        raw = self.reward(group)
+        try:
+            ref = group.signals["logp_ref"]
+        except KeyError:
+            raise GruppoError(
+                f"this reward subtracts {self.beta} * KL, but no reference log-probs came with the group; "
+                "wrap the rollout in rollouts.WithReference"
+            ) from None
+        kl = torch.stack([((p.logp - r) * p.mask).sum() for p, r in zip(group.paths, ref)])
+        return raw - self.beta * kl.to(raw)

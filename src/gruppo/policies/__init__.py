@@ -1,0 +1,1 @@
+"""Families of policies: what samples steps and says how likely they are."""

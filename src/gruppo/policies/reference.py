@@ -1,0 +1,122 @@
+"""Reference policies: the initial weights, the weights without adapter, the moving average of the weights.
+
+Each is made from the policy by a value that a recipe can hold (`initial`, `Average(decay=.99)`), and evaluates through the
+policy itself with other numbers in its parameters, so that a reference can never differ from it in anything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gruppo.types import Batch, Group, Path, Reference, Steps
+
+
+def initial(policy: Any) -> Reference:
+    """The policy as it was before training: adapter switched off where there is one, else a frozen copy."""
+    return AdapterOff(policy) if hasattr(policy.model, "disable_adapter") else Frozen(policy)
+
+
+@dataclass(frozen=True)
+class Average:
+    """An exponential moving average: every `every` iterations, ema = decay * ema + (1 - decay) * policy."""
+
+    decay: float
+    every: int = 1
+
+    def __call__(self, policy: Any) -> Reference:
+        return Ema(policy, self.decay, self.every)
+
+
+class _Swapped:
+    """Evaluates the policy with other numbers in its trained parameters."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+        self.weights = [p.detach().clone() for p in policy.parameters()]
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        own = [p.data for p in self.policy.parameters()]
+        for p, w in zip(self.policy.parameters(), self.weights):
+            p.data = w
+        try:
+            yield
+        finally:
+            for p, w in zip(self.policy.parameters(), own):
+                p.data = w
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Steps:
+        with self.inside():
+            return self.policy.evaluate(batch)
+
+    def score(self, paths: list[Path]) -> list[Tensor]:
+        with self.inside():
+            return self.policy.score(paths)
+
+
+class Frozen(_Swapped):
+    """The weights at the time it was made. A resumed run makes it again from the run's initial model."""
+
+    def update(self, groups: list[Group]) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass
+
+
+class Ema(_Swapped):
+    """The moving average of the trained parameters."""
+
+    def __init__(self, policy: Any, decay: float, every: int) -> None:
+        super().__init__(policy)
+        self.decay, self.every, self.seen = decay, every, 0
+
+    @torch.no_grad()
+    def update(self, groups: list[Group]) -> None:
+        self.seen += 1
+        if self.seen % self.every == 0:
+            for w, p in zip(self.weights, self.policy.parameters()):
+                w.lerp_(p.detach().to(w), 1 - self.decay)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.seen = state["seen"]
+        for w, saved in zip(self.weights, state["weights"]):
+            w.copy_(saved)
+
+
+class AdapterOff:
+    """The policy with its adapter switched off: no second copy of anything."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> Steps:
+        with self.policy.model.disable_adapter():
+            return self.policy.evaluate(batch)
+
+    def score(self, paths: list[Path]) -> list[Tensor]:
+        with self.policy.model.disable_adapter():
+            return self.policy.score(paths)
+
+    def update(self, groups: list[Group]) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        pass

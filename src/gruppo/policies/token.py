@@ -1,0 +1,371 @@
+"""TokenPolicy: a transformers causal language model that samples tokens and reads their log-probabilities.
+
+One distribution everywhere: softmax(logits / temperature), from the sampler to the gradient. Completions are token ids from
+the moment they are sampled; text exists only for graders and eyes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from gruppo.core.collate import blocks
+from gruppo.types import Batch, GruppoError, Path, Reference, Scope, Steps
+
+
+class TokenPolicy:
+    """A causal language model, its tokenizer and its temperature."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        temperature: float = 1.0,
+        max_new: int = 256,
+        autocast: torch.dtype | None = None,
+        checkpointing: bool = False,
+        entropy: bool = True,
+        sample_rows: int = 256,  # rows that decode together; bounds the key-value cache
+        head_elements: int = 2**24,  # logits formed at once: positions x vocabulary
+    ) -> None:
+        if not temperature > 0:
+            raise GruppoError(
+                f"temperature is {temperature}; training needs a temperature above 0 (greedy decoding has no log-probability)"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.temperature, self.max_new = temperature, max_new
+        self.autocast, self.checkpointing, self.entropy = autocast, checkpointing, entropy
+        self.sample_rows, self.head_elements = sample_rows, head_elements
+        self.config = model.config.get_text_config()
+        self.eos = eos_ids(model, tokenizer)
+        self.pad = next(i for i in (tokenizer.pad_token_id, self.eos[0]) if i is not None)
+        self.context = getattr(self.config, "max_position_embeddings", None) or 2**31
+        silence_dropout(model)
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if hasattr(model, "enable_input_require_grads"):
+                model.enable_input_require_grads()
+        model.eval()
+        self.head = Head.of(model)
+        self.reference: Reference | None = None  # set by the run when the recipe names one
+
+    # -- text and tokens ----------------------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def encode(self, prompt: Any) -> Tensor:
+        """Token ids [P] of a string, chat messages, or ids already encoded."""
+        if isinstance(prompt, Tensor):
+            return prompt
+        if isinstance(prompt, str):
+            ids = self.tokenizer(prompt)["input_ids"]
+        else:
+            if not getattr(self.tokenizer, "chat_template", None):
+                raise GruppoError("the prompt is a list of chat messages, but this tokenizer has no chat template")
+            text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
+            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if not ids:
+            raise GruppoError(f"the prompt {prompt!r} encodes to no token at all; sampling needs at least one")
+        return torch.tensor(ids, dtype=torch.long)
+
+    def decode(self, ids: Tensor) -> str:
+        """The text of a completion: without special tokens, white space untouched."""
+        return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    # -- sampling -----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Any],
+        *,
+        g: torch.Generator,
+        max_new: int | None = None,
+        temperature: float | None = None,
+        stop: Sequence[str] = (),
+    ) -> list[Path]:
+        """One path per prompt, in order. Equal prompts share one prefill; temperature 0 is greedy and cannot be trained on."""
+        max_new = self.max_new if max_new is None else max_new
+        temperature = self.temperature if temperature is None else temperature
+        known: dict[int, Tensor] = {}
+        ids = [known.setdefault(id(p), self.encode(p)) for p in prompts]
+        longest = max(map(len, ids), default=0)
+        if longest + max_new > self.context:
+            raise GruppoError(
+                f"a prompt of {longest} tokens plus {max_new} new ones needs {longest + max_new} positions, "
+                f"but this model has {self.context}; shorten the prompt or lower max_new_tokens"
+            )
+        paths: list[Path] = []
+        for at in range(0, len(ids), self.sample_rows):
+            paths += self._decode_rows(ids[at : at + self.sample_rows], max_new, temperature, tuple(stop), g)
+        return paths
+
+    def _decode_rows(
+        self, prompts: list[Tensor], max_new: int, temperature: float, stop: tuple[str, ...], g: torch.Generator
+    ) -> list[Path]:
+        device = self.device
+        unique: dict[tuple[int, ...], int] = {}
+        which = [unique.setdefault(tuple(p.tolist()), len(unique)) for p in prompts]
+        width = max(map(len, unique))
+        ids = torch.full((len(unique), width), self.pad)
+        real = torch.zeros(len(unique), width + max_new, dtype=torch.long)
+        for row, key in enumerate(unique):
+            ids[row, width - len(key) :] = torch.tensor(key)
+            real[row, width - len(key) :] = 1
+        lengths = real[:, :width].sum(1)
+        padded = bool((lengths < width).any())
+        ids, real, lengths = ids.to(device), real.to(device), lengths.to(device)
+
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=self.config)
+        with self._cast():
+            out = self.model(
+                input_ids=ids,
+                attention_mask=real[:, :width] if padded else None,
+                position_ids=(real[:, :width].cumsum(1) - 1).clamp(min=0),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        expand = torch.tensor(which, device=device)
+        cache.batch_select_indices(expand)
+        logits, real, lengths = out.logits[expand, -1].float(), real[expand], lengths[expand]
+
+        eos = torch.tensor(self.eos, device=device)
+        n = len(prompts)
+        tokens = torch.full((n, max_new), self.pad, device=device)
+        logps = torch.zeros(n, max_new, device=device)
+        count = torch.zeros(n, dtype=torch.long, device=device)
+        ended = torch.zeros(n, dtype=torch.bool, device=device)
+        here = torch.arange(n, device=device)  # which path each row of the cache is
+        alive = torch.ones(n, dtype=torch.bool, device=device)  # rows of the cache that still decode
+        for t in range(max_new):
+            token, logp = self._choose(logits, temperature, g)
+            if not logp[alive].isfinite().all() and temperature > 0:
+                raise GruppoError(
+                    f"the model's log-probability is not finite at step {t} of sampling: its weights or activations hold "
+                    "NaN or infinity"
+                )
+            rows = here[alive]
+            tokens[rows, t], logps[rows, t], count[rows] = token[alive], logp[alive], t + 1
+            done = torch.isin(token, eos)
+            if stop:
+                done |= torch.tensor([self._stops(tokens[i, : t + 1], stop) for i in here.tolist()], device=device)
+            ended[here[done & alive]] = True
+            alive &= ~done
+            left = int(alive.sum())
+            if left == 0 or t + 1 == max_new:
+                break
+            if left <= 0.85 * len(here):  # finished rows leave the cache; copying it for every single one costs more
+                keep = alive.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                here, real, lengths, token, alive = here[keep], real[keep], lengths[keep], token[keep], alive[keep]
+            with self._cast():
+                out = self.model(
+                    input_ids=token[:, None],
+                    attention_mask=real[:, : width + t + 1] if padded else None,
+                    position_ids=(lengths + t)[:, None],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+            logits = out.logits[:, -1].float()
+        tokens, logps = tokens.cpu(), logps.cpu()
+        paths = []
+        for i, length in enumerate(count.tolist()):
+            steps = tokens[i, :length].clone()
+            text = self.decode(steps[:-1] if int(steps[-1]) in self.eos else steps)
+            mask = torch.ones(length, dtype=torch.bool)
+            paths.append(Path(prompts[i], steps, logps[i, :length].clone(), mask, text, truncated=not bool(ended[i])))
+        return paths
+
+    def _choose(self, logits: Tensor, temperature: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
+        if temperature == 0:
+            return logits.argmax(-1), torch.full(logits.shape[:1], float("nan"), device=logits.device)
+        logp = (logits / temperature).log_softmax(-1)
+        race = torch.empty(logp.shape, device=g.device).exponential_(generator=g).to(logp.device)
+        token = (logp.exp() / race).argmax(-1)  # the exponential race: argmax p_i / e_i is a draw from p
+        return token, logp.gather(-1, token[:, None])[:, 0]
+
+    def _stops(self, ids: Tensor, stop: tuple[str, ...]) -> bool:
+        tail = self.decode(ids[-2 * max(map(len, stop)) - 8 :])
+        return tail.endswith(stop)
+
+    # -- reading log-probabilities ------------------------------------------------------------------------------------
+
+    def evaluate(self, batch: Batch) -> Steps:
+        """Log-probabilities and entropies now, at the trained steps; 0 elsewhere."""
+        where = batch.mask.to(self.device)
+        logp, entropy = self._read([p.prompt for p in batch.paths], [p.steps for p in batch.paths], where)
+        return Steps(logp=logp, entropy=entropy)
+
+    @torch.no_grad()
+    def score(self, paths: Sequence[Path], budget: int = 8192) -> list[Tensor]:
+        """The log-probability [T] of every step of each path under its `prompt`, masked or not."""
+        out: list[Tensor] = [torch.empty(0)] * len(paths)
+        for rows in blocks([len(p.prompt) + len(p) for p in paths], budget):
+            width = max(len(paths[i]) for i in rows)
+            where = torch.stack([torch.arange(width) < len(paths[i]) for i in rows])
+            logp, _ = self._read([paths[i].prompt for i in rows], [paths[i].steps for i in rows], where.to(self.device))
+            for i, row in zip(rows, logp.cpu()):
+                out[i] = row[: len(paths[i])].clone()
+        return out
+
+    def _read(self, prompts: list[Tensor], steps: list[Tensor], where: Tensor) -> tuple[Tensor, Tensor | None]:
+        """log p and entropy at `where` [B, T]. Rows are padded on the right, so causality alone keeps padding out."""
+        device = self.device
+        width = max(len(p) + len(s) for p, s in zip(prompts, steps))
+        ids = torch.full((len(prompts), width), self.pad)
+        for i, (p, s) in enumerate(zip(prompts, steps)):
+            ids[i, : len(p) + len(s)] = torch.cat([p, s])
+        ids = ids.to(device)
+        before = torch.tensor([len(p) - 1 for p in prompts], device=device)
+        row, t = where.nonzero(as_tuple=True)
+        with self._cast(), self._training():
+            hidden = self.head.hidden(ids[:, :-1])[row, before[row] + t]
+            value, entropy = self.head.read(
+                hidden, ids[row, before[row] + t + 1], self.temperature, self.head_elements, self.entropy
+            )
+        logp = torch.zeros(where.shape, device=device).index_put((row, t), value)
+        if entropy is None:
+            return logp, None
+        return logp, torch.zeros(where.shape, device=device).index_put((row, t), entropy)
+
+    def split(self, batch: Batch, scope: Scope, size: int) -> Iterator[Batch]:
+        """Blocks of rows of similar length, at most `size` tokens each with padding (one row or group at the least)."""
+        batch = batch.to(self.device)
+        cost = [len(p.prompt) + len(p) for p in batch.paths]
+        if scope == "group":
+            members = [(batch.group == i).nonzero()[:, 0].tolist() for i in batch.group.unique()]
+            for some in blocks([max(cost[r] for r in m) * len(m) for m in members], size):
+                yield batch.rows(r for m in some for r in members[m])
+            return
+        live = batch.mask.any(1).nonzero()[:, 0].tolist()
+        for some in blocks([cost[r] for r in live], size):
+            yield batch.rows(live[i] for i in some)
+
+    def parameters(self) -> Iterable[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _cast(self):
+        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+
+    def _training(self):
+        # transformers checkpoints activations only in training mode; dropout is off in either mode
+        return _Mode(self.model) if self.checkpointing and torch.is_grad_enabled() else nullcontext()
+
+
+class _Mode:
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.model.train()
+
+    def __exit__(self, *_: object) -> None:
+        self.model.eval()
+
+
+class Head:
+    """The decoder and output projection of a causal model, so that logits exist only where a step is trained.
+
+    Some models scale or cap their logits after the projection. Which form applies is measured once against the model's own
+    logits; a model that no form reproduces keeps its own full logits.
+    """
+
+    def __init__(self, model: Any, finish: Any) -> None:
+        self.model, self.finish = model, finish
+
+    @staticmethod
+    @torch.no_grad()
+    def of(model: Any) -> Head:
+        cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+        forms = [lambda x: x]
+        if cap:
+            forms.insert(0, lambda x: cap * torch.tanh(x / cap))
+        ids = torch.arange(4, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
+        own = model(input_ids=ids, use_cache=False).logits.float()
+        for finish in forms:
+            head = Head(model, finish)
+            if head._parts() is not None and torch.allclose(
+                finish(head._project(head.hidden(ids))).float(), own, atol=1e-4, rtol=1e-4, equal_nan=True
+            ):
+                return head
+        return Head(model, None)
+
+    def _parts(self) -> tuple[Any, Any] | None:
+        inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+        project = inner.get_output_embeddings()
+        return None if decoder is None or decoder is inner or project is None else (decoder, project)
+
+    def _project(self, hidden: Tensor) -> Tensor:
+        parts = self._parts()
+        assert parts is not None
+        return parts[1](hidden)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """[B, L, D], or the logits [B, L, V] themselves for a model whose head cannot be taken apart."""
+        parts = self._parts()
+        if self.finish is None or parts is None:
+            return self.model(input_ids=ids, use_cache=False).logits
+        return parts[0](input_ids=ids, use_cache=False).last_hidden_state
+
+    def read(
+        self, hidden: Tensor, target: Tensor, temperature: float, elements: int, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """log p(target) and the entropy at N positions, at most `elements` logits at a time."""
+
+        def piece(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            logits = h if self.finish is None else self.finish(self._project(h))
+            logits = logits.float() / temperature
+            norm = logits.logsumexp(-1)
+            logp = logits.gather(-1, y[:, None])[:, 0] - norm
+            with torch.no_grad():
+                H = norm - (logits.softmax(-1) * logits).sum(-1) if entropy else logp
+            return logp, H
+
+        vocab = self.model.config.get_text_config().vocab_size
+        rows = max(1, elements // vocab)
+        if len(hidden) <= rows:
+            logp, H = piece(hidden, target)
+        else:  # keep no logits for backward: each piece is computed again there
+            parts = [
+                checkpoint(piece, h, y, use_reentrant=False) if torch.is_grad_enabled() else piece(h, y)
+                for h, y in zip(hidden.split(rows), target.split(rows))
+            ]
+            logp, H = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        return logp, (H.detach() if entropy else None)
+
+
+def eos_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every id that ends a completion: all of `generation_config` and the tokenizer's own."""
+    found: list[int] = []
+    config = getattr(model, "generation_config", None)
+    for source in (getattr(config, "eos_token_id", None), tokenizer.eos_token_id):
+        for i in source if isinstance(source, (list, tuple)) else [source]:
+            if i is not None and i not in found:
+                found.append(int(i))
+    if not found:
+        raise GruppoError(
+            "neither the tokenizer nor the model's generation_config names an end-of-sequence token, so a completion could "
+            "never end; set tokenizer.eos_token"
+        )
+    return found
+
+
+def silence_dropout(model: Any) -> None:
+    """Dropout would make the ratio differ from 1 before the first update."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
