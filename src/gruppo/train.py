@@ -101,7 +101,5 @@ def fit(
     for step in range(start + 1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
-        done = iterate(
-            policy, draw(), grade, recipe, optimizer, rng, ref=ref, budget=budget, max_grad_norm=max_grad_norm
-        )
+        done = iterate(policy, draw(), grade, recipe, optimizer, rng, ref=ref, budget=budget, max_grad_norm=max_grad_norm)
         yield step, done
