@@ -137,7 +137,7 @@ def units(path: Path) -> Tensor:
     return torch.zeros(len(path), dtype=torch.long) if path.unit is None else path.unit
 
 
-def pad(rows: Sequence[Tensor], width: int, value: float | bool) -> Tensor:
+def pad(rows: Sequence[Tensor], width: int, value: float | int | bool) -> Tensor:
     """Stack [T_i] rows into [len(rows), width], filled on the right."""
     if not rows:
         return torch.empty(0, width)
@@ -197,6 +197,7 @@ class Batch:
         return replace(self, **moved)
 
 
+@runtime_checkable
 class Tasks(Protocol):
     """This step's tasks, and more of the same stream when a rollout asks (dynamic sampling)."""
 
@@ -208,6 +209,7 @@ class Tasks(Protocol):
 Grade = Callable[[list[Group]], list[Group]]  # fills `signals`; batched over groups so that slow judges are called once
 
 
+@runtime_checkable
 class Grader(Protocol):
     """Measures groups and knows nothing of algorithms: one dictionary of raw signals per group, [G] floats or lists.
 
@@ -217,6 +219,7 @@ class Grader(Protocol):
     def __call__(self, groups: list[Group]) -> list[dict[str, Any]]: ...
 
 
+@runtime_checkable
 class Loss(Protocol):
     """Per-step losses without any normaliser. `scope` is the smallest block that must share one forward."""
 
@@ -234,6 +237,7 @@ class Policy(Protocol):
     def parameters(self) -> Iterable[Tensor]: ...
 
 
+@runtime_checkable
 class Reference(Protocol):
     """A second opinion on a batch: the initial weights, the weights without adapter, or their moving average."""
 
@@ -243,6 +247,7 @@ class Reference(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@runtime_checkable
 class Stateful(Protocol):
     """Memory of a method: told about each iteration's groups, saved with the run."""
 
@@ -251,6 +256,7 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+@runtime_checkable
 class Rollout(Protocol):
     """Tasks in, graded groups out; may look at grades before it samples more."""
 
