@@ -1,0 +1,126 @@
+"""One tiny model, three sets of weights and one fixed batch, built the same way for both libraries."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path as Folder
+from typing import Any
+
+import torch
+from tests.tiny import tiny_folder, tiny_model, tiny_tokenizer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from gruppo.core.collate import collate, drop_abstained
+from gruppo.core.reduce import weigh
+from gruppo.policies.token import TokenPolicy
+from gruppo.recipe import Recipe
+from gruppo.train import accumulate
+from gruppo.types import Group, Path, Task
+
+EOS = 1
+TEMPERATURE = 0.7
+LIMIT = 9  # max_completion_length
+PROMPTS = ["1+2=", "a", "what is b+c?"]  # of different lengths, so that left padding acts in TRL and right padding here
+LENGTHS = [[3, 9, 1, 5], [2, 9, 4, 4], [7, 1, 6, 9]]  # 9 = cut by the limit, without an end token
+REWARDS = [[1.0, 0.0, 0.25, -1.0], [0.5, 0.5, 2.0, 0.0], [0.0, 1.0, 1.0, 3.0]]
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A folder with the initial (reference) weights, and the weights that sampled and the weights that learn."""
+
+    folder: Folder
+    old: dict[str, Tensor]
+    now: dict[str, Tensor]
+    completions: list[list[list[int]]]  # [prompt][path] token ids
+
+
+def build(folder: Folder) -> Tiny:
+    """A random Qwen3 of 2 layers whose three sets of weights differ enough for ratios to leave the clip range."""
+    tiny_folder(folder)
+    model, g = tiny_model(), torch.Generator().manual_seed(7)
+
+    def moved(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v + 0.02 * torch.randn(v.shape, generator=g) for k, v in weights.items()}
+
+    old = moved({k: p.detach() for k, p in model.named_parameters()})
+    now = moved(old)
+    completions = []
+    for lengths in LENGTHS:
+        rows = [torch.randint(5, model.config.vocab_size, (n,), generator=g).tolist() for n in lengths]
+        completions.append([r if len(r) == LIMIT else [*r[:-1], EOS] for r in rows])
+    return Tiny(folder, old, now, completions)
+
+
+def load(tiny: Tiny) -> Any:
+    """The initial model, in float32."""
+    return AutoModelForCausalLM.from_pretrained(tiny.folder, dtype=torch.float32)
+
+
+def put(model: torch.nn.Module, weights: dict[str, Tensor]) -> None:
+    """Overwrite every parameter by name."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(weights[name])
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The loss and the gradient by parameter name."""
+
+    loss: float
+    grad: dict[str, Tensor]
+    stats: dict[str, float]
+
+
+def gradient(model: torch.nn.Module) -> dict[str, Tensor]:
+    """Copies of the gradients, without wrappers' name prefixes."""
+    return {k: p.grad.detach().clone() for k, p in model.named_parameters() if p.grad is not None}
+
+
+def ours(
+    tiny: Tiny,
+    recipe: Recipe,
+    *,
+    rewards: list[list[float]] = REWARDS,
+    holes: Callable[[int, int], bool] = lambda row, t: False,
+    drop_truncated: bool = False,
+    sampler_gap: list[list[float]] | None = None,
+    budget: int = 30,
+    temperature: float = TEMPERATURE,
+) -> Measured:
+    """The recipe's own stages on the fixed batch: signals -> reward -> advantage -> weights -> loss -> backward."""
+    model = load(tiny)
+    policy = TokenPolicy(model, tiny_tokenizer(), temperature=temperature, max_new=LIMIT)
+    ref = None if recipe.reference is None else recipe.reference(policy)
+    put(model, tiny.old)
+    groups, row = [], 0
+    for prompt, completions, reward in zip(PROMPTS, tiny.completions, rewards):
+        ids, paths = policy.encode(prompt), []
+        for tokens in completions:
+            trained = [not holes(row, t) and not (drop_truncated and tokens[-1] != EOS) for t in range(len(tokens))]
+            steps = torch.tensor(tokens)
+            path = Path(ids, steps, torch.zeros(len(tokens)), torch.tensor(trained), truncated=tokens[-1] != EOS)
+            paths.append(replace(path, logp=policy.score([path])[0]))
+            row += 1
+        groups.append(Group(Task(prompt), paths, {"reward": torch.tensor(reward)}))
+    if sampler_gap is not None:
+        gap = iter(sampler_gap)
+        for g in groups:
+            g.paths = [replace(p, logp=p.logp - torch.tensor(next(gap)), logp_train=p.logp) for p in g.paths]
+    groups = [g.with_(reward=recipe.reward(g)) for g in groups]
+    groups = [drop_abstained(g) for g in groups]
+    groups = recipe.across([g.with_(advantage=recipe.advantage(g)) for g in groups])
+    put(model, tiny.now)
+    stats = accumulate(policy, weigh(collate(groups), recipe.reduce), recipe, ref=ref, budget=budget)
+    return Measured(stats["loss"], gradient(model), stats)
+
+
+def apart(a: Measured, b: Measured) -> tuple[float, float]:
+    """The relative difference of the losses, and of the gradients taken as one vector."""
+    assert a.grad.keys() == b.grad.keys()
+    ga, gb = (torch.cat([m.grad[k].flatten() for k in sorted(m.grad)]).double() for m in (a, b))
+    assert float(gb.norm()) > 1e-4, "a vanishing gradient would make any comparison pass"
+    return abs(a.loss - b.loss) / max(abs(b.loss), 1e-3), float((ga - gb).norm() / gb.norm())
