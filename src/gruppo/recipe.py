@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gruppo.types import Batch, Group, GruppoError, Loss, Reference, Rollout, Stateful
+from gruppo.types import Batch, Group, GruppoError, Loss, Reference, Rollout, Stateful, Task
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,27 @@ class Recipe:
                 f"the loss {type(self.loss).__name__} compares the paths of a group, but the cadence {self.cadence!r} "
                 "may put them into different optimizer steps; use a cadence that keeps groups whole"
             )
+
+
+def check_needs(recipe: Recipe, tasks: Iterable[Task], groups: Iterable[Group] = ()) -> None:
+    """A sentence, before anything is trained, when a task lacks a column or a graded group a signal that the recipe reads."""
+    tasks, groups = list(tasks), list(groups)
+    for need in recipe.needs:
+        why = f" ({need.why})" if need.why else ""
+        if isinstance(need, Column):
+            bare = [i for i, t in enumerate(tasks) if need.name != "prompt" and need.name not in t.columns()]
+            if bare:
+                raise GruppoError(
+                    f"this recipe reads the column {need.name!r}{why}, but {len(bare)} of {len(tasks)} tasks lack it, first "
+                    f"task {bare[0]}; its columns are: {', '.join(['prompt', *tasks[bare[0]].columns()])}"
+                )
+        else:
+            bare = [i for i, g in enumerate(groups) if need.name not in g.signals]
+            if bare:
+                raise GruppoError(
+                    f"this recipe reads the signal {need.name!r}{why}, but the graders of this run give only: "
+                    f"{', '.join(groups[bare[0]].signals) or 'nothing'}. Add a grader that returns {{{need.name!r}: values}}"
+                )
 
 
 def difference(recipe: Recipe, base: Recipe) -> dict[str, tuple[Any, Any]]:

@@ -31,6 +31,10 @@ class WithKL:
     beta: float
     divergence: Callable[[Tensor, Tensor], Tensor] = k3
 
+    def __post_init__(self) -> None:
+        if not self.beta >= 0:
+            raise GruppoError(f"beta is {self.beta}; a negative KL coefficient drives the policy away from the reference")
+
     @property
     def scope(self) -> Scope:
         return self.loss.scope
@@ -55,6 +59,10 @@ class MinusKL:
     reward: Callable[[Group], Tensor]
     beta: float
 
+    def __post_init__(self) -> None:
+        if not self.beta >= 0:
+            raise GruppoError(f"beta is {self.beta}; a negative KL coefficient drives the policy away from the reference")
+
     def __call__(self, group: Group) -> Tensor:
         raw = self.reward(group)
         try:
@@ -64,5 +72,6 @@ class MinusKL:
                 f"this reward subtracts {self.beta} * KL, but no reference log-probs came with the group; "
                 "wrap the rollout in rollouts.WithReference"
             ) from None
-        kl = torch.stack([((p.logp - r) * p.mask).sum() for p, r in zip(group.paths, ref)])
+        old = [p.logp if p.logp_train is None else p.logp_train for p in group.paths]  # read by the program that reads `ref`
+        kl = torch.stack([((o - r) * p.mask).sum() for p, o, r in zip(group.paths, old, ref)])
         return raw - self.beta * kl.to(raw)

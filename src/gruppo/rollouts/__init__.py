@@ -1,5 +1,6 @@
 """The reusable ways to turn tasks into graded groups."""
 
+from gruppo.rollouts.dynamic import Dynamic
 from gruppo.rollouts.parallel import Parallel, Reread, WithReference
 
-__all__ = ["Parallel", "Reread", "WithReference"]
+__all__ = ["Dynamic", "Parallel", "Reread", "WithReference"]

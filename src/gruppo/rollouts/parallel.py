@@ -19,7 +19,8 @@ class Parallel:
     def __post_init__(self) -> None:
         if self.n < 2:
             raise GruppoError(
-                f"paths_per_prompt is {self.n}; a group needs at least 2 paths, because a path is only ever compared with its siblings"
+                f"paths_per_prompt is {self.n}; a group needs at least 2 paths, because a path is only ever compared with its "
+                "siblings"
             )
 
     def __call__(self, policy: Any, tasks: Any, grade: Grade, rng: torch.Generator) -> list[Group]:
