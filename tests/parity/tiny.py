@@ -25,6 +25,7 @@ LIMIT = 9  # max_completion_length
 PROMPTS = ["1+2=", "a", "what is b+c?"]  # of different lengths, so that left padding acts in TRL and right padding here
 LENGTHS = [[3, 9, 1, 5], [2, 9, 4, 4], [7, 1, 6, 9]]  # 9 = cut by the limit, without an end token
 REWARDS = [[1.0, 0.0, 0.25, -1.0], [0.5, 0.5, 2.0, 0.0], [0.0, 1.0, 1.0, 3.0]]
+Holes = Callable[[int, int], bool]  # (row, step) -> not trained
 
 
 @dataclass(frozen=True)
@@ -80,42 +81,56 @@ def gradient(model: torch.nn.Module) -> dict[str, Tensor]:
     return {k: p.grad.detach().clone() for k, p in model.named_parameters() if p.grad is not None}
 
 
+class Replay(TokenPolicy):
+    """A policy whose sampler always returns the fixed completions, read under the weights of the moment."""
+
+    def __init__(self, tiny: Tiny, *, holes: Holes, gap: list[list[float]] | None, temperature: float) -> None:
+        super().__init__(load(tiny), tiny_tokenizer(), temperature=temperature, max_new=LIMIT)
+        self.tiny, self.holes, self.gap = tiny, holes, gap
+
+    def sample(self, prompts: Any, **_: Any) -> list[Path]:
+        paths = []
+        for row, (prompt, tokens) in enumerate(zip(prompts, [c for group in self.tiny.completions for c in group])):
+            mask = torch.tensor([not self.holes(row, t) for t in range(len(tokens))])
+            steps, cut = torch.tensor(tokens), tokens[-1] != EOS
+            path = Path(self.encode(prompt), steps, torch.zeros(len(tokens)), mask, self.decode(steps), truncated=cut)
+            logp = self.score([path])[0]
+            paths.append(replace(path, logp=logp if self.gap is None else logp - torch.tensor(self.gap[row])))
+        return paths
+
+
+def graded(rewards: list[list[float]]) -> Callable[[list[Group]], list[Group]]:
+    """Writes the fixed rewards as the graders would, and `correct` for the recipes that read it."""
+
+    def grade(groups: list[Group]) -> list[Group]:
+        signals = [{"reward": torch.tensor(r), "correct": (torch.tensor(r) > 0.3).float()} for r in rewards]
+        return [g.with_(signals={**g.signals, **s}) for g, s in zip(groups, signals, strict=True)]
+
+    return grade
+
+
 def ours(
     tiny: Tiny,
     recipe: Recipe,
     *,
     rewards: list[list[float]] = REWARDS,
-    holes: Callable[[int, int], bool] = lambda row, t: False,
-    drop_truncated: bool = False,
-    sampler_gap: list[list[float]] | None = None,
-    budget: int = 30,
+    holes: Holes = lambda row, t: False,
+    gap: list[list[float]] | None = None,
     temperature: float = TEMPERATURE,
+    budget: int = 30,
 ) -> Measured:
-    """The recipe's own stages on the fixed batch: signals -> reward -> advantage -> weights -> loss -> backward."""
-    model = load(tiny)
-    policy = TokenPolicy(model, tiny_tokenizer(), temperature=temperature, max_new=LIMIT)
-    ref = None if recipe.reference is None else recipe.reference(policy)
-    put(model, tiny.old)
-    groups, row = [], 0
-    for prompt, completions, reward in zip(PROMPTS, tiny.completions, rewards):
-        ids, paths = policy.encode(prompt), []
-        for tokens in completions:
-            trained = [not holes(row, t) and not (drop_truncated and tokens[-1] != EOS) for t in range(len(tokens))]
-            steps = torch.tensor(tokens)
-            path = Path(ids, steps, torch.zeros(len(tokens)), torch.tensor(trained), truncated=tokens[-1] != EOS)
-            paths.append(replace(path, logp=policy.score([path])[0]))
-            row += 1
-        groups.append(Group(Task(prompt), paths, {"reward": torch.tensor(reward)}))
-    if sampler_gap is not None:
-        gap = iter(sampler_gap)
-        for g in groups:
-            g.paths = [replace(p, logp=p.logp - torch.tensor(next(gap)), logp_train=p.logp) for p in g.paths]
+    """The recipe's own stages on the fixed batch: rollout, reward, advantage, across, reduce, loss, backward in small blocks."""
+    policy = Replay(tiny, holes=holes, gap=gap, temperature=temperature)
+    policy.reference = None if recipe.reference is None else recipe.reference(policy)
+    put(policy.model, tiny.old)
+    groups = recipe.rollout(policy, [Task(p) for p in PROMPTS], graded(rewards), torch.Generator())
     groups = [g.with_(reward=recipe.reward(g)) for g in groups]
     groups = [drop_abstained(g) for g in groups]
     groups = recipe.across([g.with_(advantage=recipe.advantage(g)) for g in groups])
-    put(model, tiny.now)
-    stats = accumulate(policy, weigh(collate(groups), recipe.reduce), recipe, ref=ref, budget=budget)
-    return Measured(stats["loss"], gradient(model), stats)
+    (batch,) = recipe.cadence(collate(groups))
+    put(policy.model, tiny.now)
+    stats = accumulate(policy, weigh(batch, recipe.reduce), recipe, ref=policy.reference, budget=budget)
+    return Measured(stats["loss"], gradient(policy.model), stats)
 
 
 def apart(a: Measured, b: Measured) -> tuple[float, float]:
