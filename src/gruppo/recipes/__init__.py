@@ -97,7 +97,7 @@ RECIPES: dict[str, Entry] = {
             "dapo",
             "DAPO: An Open-Source LLM Reinforcement Learning System at Scale",
             dapo,
-            tiny={"n": 8, "length": 8, "cache": 2},
+            tiny={"n": 8, "length": 8, "cache": 2, "parts": 2},
         ),
         Entry("2507.18071", "gspo", "Group Sequence Policy Optimization", gspo, tiny=TINY),
         Entry(
@@ -114,7 +114,7 @@ RECIPES: dict[str, Entry] = {
             "MiniMax-M1: Scaling Test-Time Compute Efficiently with Lightning Attention",
             cispo,
             aliases=("minimax-m1",),
-            tiny=TINY,
+            tiny={"n": 8, "parts": 2},
         ),
         Entry(
             "2510.13786",
@@ -122,7 +122,7 @@ RECIPES: dict[str, Entry] = {
             "The Art of Scaling Reinforcement Learning Compute for LLMs",
             scalerl,
             base="cispo",
-            tiny=TINY,
+            tiny={"n": 8, "parts": 2},
         ),
         Entry(
             "2402.14740",
