@@ -1,6 +1,19 @@
 """The reusable ways to turn tasks into graded groups."""
 
+from gruppo.rollouts.conversation import Conversation, Tags, Talk, ToolCalls, Transcript, WithTools, talked
 from gruppo.rollouts.dynamic import Dynamic
 from gruppo.rollouts.parallel import Parallel, Reread, WithReference
 
-__all__ = ["Dynamic", "Parallel", "Reread", "WithReference"]
+__all__ = [
+    "Conversation",
+    "Dynamic",
+    "Parallel",
+    "Reread",
+    "Tags",
+    "Talk",
+    "ToolCalls",
+    "Transcript",
+    "WithReference",
+    "WithTools",
+    "talked",
+]
