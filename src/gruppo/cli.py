@@ -1,0 +1,376 @@
+"""The command line. Nothing heavy is imported before a command runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="gruppo",
+    help="Group-relative policy optimization: every published method as one readable recipe under one training loop.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback behind an error.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Plain lines instead of a live display.")]
+
+
+@app.callback()
+def options(debug: Debug = False) -> None:
+    # `main` reads --debug from the command line itself: the error may be raised before this runs
+    pass
+
+
+@app.command(name="list")
+def list_(as_json: Json = False) -> None:
+    """Every recipe: arXiv id, nickname, family, what it needs, one sentence."""
+    from gruppo.recipes import RECIPES
+
+    rows = []
+    for entry in RECIPES.values():
+        needs = [n.name for n in entry.factory().needs]
+        row = {"id": entry.arxiv, "nickname": entry.nickname, "family": entry.family}
+        rows.append(row | {"needs": ", ".join(needs) or "-", "sentence": entry.sentence})
+    table(rows, as_json)
+
+
+@app.command()
+def show(
+    recipe: Annotated[str, typer.Argument(help="arXiv id or nickname.")],
+    as_json: Json = False,
+) -> None:
+    """Formulas, needs, deviations and the computed difference of a recipe to its base."""
+    from gruppo.docs import page
+    from gruppo.recipe import describe, difference
+    from gruppo.recipes import RECIPES, find
+
+    entry = find(recipe)
+    if as_json:
+        base = find(entry.base).factory() if entry.base else None
+        made = entry.factory()
+        changed = {} if base is None else difference(made, base)
+        told = {
+            "id": entry.arxiv,
+            "nickname": entry.nickname,
+            "title": entry.title,
+            "sentence": entry.sentence,
+            "numbers": {k: repr(v) for k, v in entry.numbers.items()},
+            "needs": [n.name for n in made.needs],
+            "base": entry.base,
+            "difference": {slot: {"base": describe(a), "here": describe(b)} for slot, (a, b) in changed.items()},
+        }
+        print(json.dumps(told, indent=1))
+        return
+    assert RECIPES
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        Console().print(Markdown(page(entry)))
+    else:
+        print(page(entry))
+
+
+worlds_app = typer.Typer(
+    help="The embedded tasks and their base models.", invoke_without_command=True, pretty_exceptions_enable=False
+)
+app.add_typer(worlds_app, name="worlds")
+
+
+@worlds_app.callback()
+def worlds(context: typer.Context, as_json: Json = False) -> None:
+    """The embedded tasks and their base models."""
+    if context.invoked_subcommand is not None:
+        return
+    from gruppo.worlds import WORLDS
+
+    rows = []
+    for world in WORLDS.values():
+        size = sum(f.stat().st_size for f in world.base.glob("*")) / 2**20 if world.base.is_dir() else 0.0
+        asked = world.held_out(1)[0].prompt
+        text = asked if isinstance(asked, str) else asked[-1]["content"]
+        rows.append({"name": world.name, "about": world.sentence, "base": f"{size:.1f} MB", "example": text.splitlines()[0]})
+    table(rows, as_json)
+
+
+@worlds_app.command()
+def build(
+    name: Annotated[str, typer.Argument(help="The world's name.")],
+    folder: Annotated[Path | None, typer.Option(help="Where to put the model; by default a new folder ./NAME-base.")] = None,
+    seed: int = 0,
+) -> None:
+    """Train a world's base model again from nothing; the same seed gives the same model."""
+    from gruppo.runs.config import nearest
+    from gruppo.types import GruppoError
+    from gruppo.worlds import WORLDS
+
+    if name not in WORLDS:
+        raise GruppoError(f"there is no world {name!r}; {nearest(name, WORLDS)}")
+    out = folder or Path(f"{name}-base")
+    if out.exists() and any(out.iterdir()):
+        raise GruppoError(f"{out} exists and is not empty; nothing was overwritten, choose another --folder")
+    WORLDS[name].build(out, seed, print)
+    print(f"saved {out}")
+
+
+@app.command()
+def train(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[RUN.yaml] [section.key=value ...]", help="A run file, and settings that beat it."),
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="arXiv id or nickname; `gruppo list` shows them.")] = None,
+    world: Annotated[str | None, typer.Option(help="An embedded world; `gruppo worlds` shows them.")] = None,
+    model: Annotated[str | None, typer.Option(help="A hub id or the folder of a causal language model.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="JSONL, JSON, Parquet, CSV or a saved dataset, with a column `prompt`.")
+    ] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="module:function, file.py:function or a reward model's folder; may be repeated.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="The run's folder below --folder; made up when not given.")] = None,
+    folder: Annotated[str | None, typer.Option(help="Where runs are kept.  [default: runs]")] = None,
+    plain: Plain = False,
+    dry: Annotated[bool, typer.Option("--dry", help="Check and print the resolved run file, then stop.")] = False,
+) -> None:
+    """Train. With nothing at all: GRPO on the world `arithmetic`.
+
+    Later beats earlier: the world's defaults, the run file, the options and settings given here.
+
+    Examples:
+
+      gruppo train --recipe dapo --world countdown fit.steps=40
+
+      gruppo train --model ./my-model --data problems.jsonl --reward my_rewards:correct policy.temperature=0.8
+
+      gruppo train run.yaml fit.learning_rate=3e-6 --name second-try
+    """
+    from gruppo.runs.config import assemble, dump, overrides, read
+
+    words = list(words or ())
+    files = [w for w in words if "=" not in w]
+    given = read(Path(files[0])) if files else {}
+    if len(files) > 1:
+        from gruppo.types import GruppoError
+
+        raise GruppoError(f"{files[1]!r} is neither a setting (section.key=value) nor the first run file; one run file is read")
+    asked = {"recipe": recipe, "world": world, "model": model, "data": data, "rewards": reward, "name": name, "folder": folder}
+    config = assemble(given, {k: v for k, v in asked.items() if v}, overrides([w for w in words if "=" in w]))
+    if dry:
+        print(dump(config), end="")
+        return
+    from gruppo.runs.session import Session
+
+    drive(Session.new(config, say=say), plain)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    plain: Plain = False,
+) -> None:
+    """Go on with a run that was stopped or killed, from its last checkpoint, as if nothing had happened."""
+    from gruppo.runs.session import Session
+
+    drive(Session.resume(run, say=say), plain)
+
+
+def drive(session: Any, plain: bool) -> None:
+    """Run a session under the terminal display, then write the report."""
+    from rich.console import Console
+
+    from gruppo.runs.config import derived
+    from gruppo.runs.show import Show
+
+    console = Console()
+    config = session.config
+    with Show(console, config.ends[-1], config.track.show_every, plain) as shown, stopped_at_once(session):
+        session.say = shown.say
+        settings = {k: v for k, v in config.model_dump(mode="json", exclude_none=True).items() if v not in ({}, [], None)}
+        shown.start(settings, {**derived(config), "run folder": str(session.folder.path), **session.facts()})
+        before, after = session.run(shown)
+        shown.finish(before, after, report_of(session))
+
+
+@contextmanager
+def stopped_at_once(session: Any) -> Iterator[None]:
+    """A second Ctrl-C, or one outside the steps, as a sentence."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from gruppo.runs.session import Interrupted
+
+        raise Interrupted(f"stopped at once; gruppo resume {session.folder.path} goes on from the last checkpoint", 130) from None
+
+
+def report_of(session: Any) -> Path | None:
+    """The HTML report's path; None when the run wants none."""
+    if not session.config.track.report:
+        return None
+    from gruppo.runs.report import write_report
+
+    return write_report(session.folder.path)
+
+
+@app.command(name="eval")
+def eval_(
+    target: Annotated[str, typer.Argument(metavar="RUN|MODEL", help="A run folder, a model folder or a hub id.")],
+    world: Annotated[str | None, typer.Option(help="Held-out problems of an embedded world.")] = None,
+    data: Annotated[str | None, typer.Option(help="Problems of your own, with a column `prompt`.")] = None,
+    reward: Annotated[list[str] | None, typer.Option(help="module:function or file.py:function; may be repeated.")] = None,
+    step: Annotated[int | None, typer.Option(help="Which checkpoint of a run; the last one by default.")] = None,
+    tasks: Annotated[int | None, typer.Option(help="At most this many problems.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Sampled paths per problem.")] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="A function of groups, as module:function; may be repeated.")] = None,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """pass@k, mean@n, majority@n and greedy accuracy on held-out problems, with intervals, overall and by difficulty."""
+    from gruppo.api import evaluation_of
+
+    found = evaluation_of(
+        target,
+        world=world,
+        data=data,
+        rewards=reward,
+        step=step,
+        tasks=tasks,
+        samples=samples,
+        metrics=metric or (),
+        seed=seed,
+        say=say,
+    )
+    if as_json:
+        print(found.to_json())
+        return
+    table([{k: number(v) for k, v in row.items()} for row in found.rows()], False)
+    print(", ".join(f"{v} {k}" for k, v in found.counts.items()))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write one self-contained HTML file about a run: curves, rewards, groups to browse."""
+    from gruppo.runs.folder import RunFolder
+    from gruppo.runs.report import write_report
+
+    print(write_report(RunFolder.open(run).path))
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(help="A model folder or hub id; an embedded base model by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure on this machine and model what training relies on; exits with 1 when something is broken."""
+    from gruppo.runs.doctor import main as examine
+
+    raise typer.Exit(examine(model, as_json))
+
+
+@app.command()
+def sft(
+    model: Annotated[str, typer.Option(help="A model folder or hub id.")],
+    data: Annotated[str, typer.Option(help="JSONL with prompt and completion, or messages.")],
+    output: Annotated[str, typer.Option(help="A new folder for the tuned model.")],
+    epochs: float = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; beats --epochs.")] = None,
+    step_tokens: int = 8192,
+    row_tokens: int = 512,
+    learning_rate: float = 1e-5,
+    warmup: int = 10,
+    seed: int = 0,
+) -> None:
+    """Supervised fine-tuning on completions only, packed into rows."""
+    from gruppo.sft import fine_tune
+
+    for done in fine_tune(
+        model,
+        data,
+        output,
+        epochs=epochs,
+        steps=steps,
+        step_tokens=step_tokens,
+        row_tokens=row_tokens,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        seed=seed,
+    ):
+        print(f"step {done.step}  loss {done.loss:.4f}", flush=True)
+    print(f"saved {output}")
+
+
+@app.command()
+def record(recipe: Annotated[str, typer.Argument(help="arXiv id or nickname, or `all`.")]) -> None:
+    """Train a recipe's tiny golden run again and write its curve into the repository."""
+    from gruppo.recipes import RECIPES, find
+    from gruppo.recipes.golden import record as write
+
+    for entry in RECIPES.values() if recipe == "all" else [find(recipe)]:
+        print(write(entry))
+
+
+def say(sentence: str) -> None:
+    """Tell the person something beside the result."""
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def number(value: Any) -> Any:
+    return f"{value:.3f}" if isinstance(value, float) else value
+
+
+def table(rows: list[dict[str, Any]], as_json: bool) -> None:
+    """Rows for a person, or the same as JSON."""
+    if as_json:
+        print(json.dumps(rows, indent=1, default=str))
+        return
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table(box=None, header_style="bold", pad_edge=False)
+    for name in rows[0] if rows else ():
+        out.add_column(name, overflow="fold")
+    for row in rows:
+        out.add_row(*(Text("" if v is None else str(v)) for v in row.values()))
+    Console().print(out)
+
+
+def main() -> None:
+    """Run the command line: a sentence and exit code 1 for what the person can mend, typer's 2 for wrong usage."""
+    words = [w for w in sys.argv[1:] if w != "--debug"]
+    debug = len(words) < len(sys.argv) - 1
+    quiet_libraries()
+    try:
+        app(args=words, prog_name="gruppo")
+    except Exception as error:
+        kinds = {kind.__name__ for kind in type(error).__mro__}  # by name: importing the class would import torch
+        if debug or not kinds & {"GruppoError", "Interrupted"}:
+            raise
+        say(str(error) if "Interrupted" in kinds else f"error: {error}")
+        sys.exit(getattr(error, "code", 1))
+
+
+def quiet_libraries() -> None:
+    """No progress bars and advice of other libraries between our own lines."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+if __name__ == "__main__":
+    main()

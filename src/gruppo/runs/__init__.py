@@ -1,0 +1,1 @@
+"""Runs: their description, folder, data, session and what is measured on the way."""
