@@ -1,0 +1,29 @@
+"""Graders measure what a completion is worth and know nothing of algorithms."""
+
+from gruppo.graders.grade import Abstained, Grading, text_of
+from gruppo.graders.math import MathAnswer
+from gruppo.graders.reward_model import RewardModel
+from gruppo.graders.sources import build, describe
+from gruppo.graders.text import Budget, Choice, Exact, Matches, Number, SoftOverlong, Tags, characters, soft_overlong, tokens
+from gruppo.graders.trl import TrlRewards
+
+__all__ = [
+    "Abstained",
+    "Budget",
+    "Choice",
+    "Exact",
+    "Grading",
+    "Matches",
+    "MathAnswer",
+    "Number",
+    "RewardModel",
+    "SoftOverlong",
+    "Tags",
+    "TrlRewards",
+    "build",
+    "characters",
+    "describe",
+    "soft_overlong",
+    "text_of",
+    "tokens",
+]
