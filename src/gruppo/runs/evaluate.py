@@ -179,7 +179,7 @@ def majority(answers: Sequence[Any] | None, correct: Sequence[float | int]) -> f
 def votes(group: Group) -> list[Any] | None:
     """Each path's answer: the signal `answers` where a grader extracted them, else what stands in its `<answer>` tag."""
     if "answers" in group.signals:
-        return list(group.signals["answers"])
+        return [None if a == "" or a != a else a for a in group.signals["answers"]]  # "" and NaN: nothing was extracted
     found = []
     for path in group.paths:
         text = text_of(path.output)
