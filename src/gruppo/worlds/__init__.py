@@ -1,0 +1,9 @@
+"""Embedded tasks: a seeded generator, a verifier and a tiny trained base model each."""
+
+from gruppo.worlds.arithmetic import ARITHMETIC
+from gruppo.worlds.countdown import COUNTDOWN
+from gruppo.worlds.world import World
+
+WORLDS: dict[str, World] = {world.name: world for world in (ARITHMETIC, COUNTDOWN)}
+
+__all__ = ["WORLDS", "World"]
