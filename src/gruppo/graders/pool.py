@@ -48,12 +48,13 @@ class Worker:
         )
         self.ready, self.job = False, None
         self.deadline = time.monotonic() + START
-        threading.Thread(target=self._listen, args=(heard,), daemon=True, name="gruppo-pool").start()
+        self.thread = threading.Thread(target=self._listen, args=(heard,), daemon=True, name="gruppo-pool")
+        self.thread.start()
 
     def _listen(self, heard: queue.SimpleQueue) -> None:
-        with contextlib.suppress(ValueError, OSError):  # the pipe was closed under our hands
-            assert self.process.stdout is not None
-            for line in self.process.stdout:
+        assert self.process.stdout is not None
+        with self.process.stdout as lines:
+            for line in lines:
                 heard.put((self, line))
         heard.put((self, None))
 
@@ -75,6 +76,8 @@ class Worker:
         with contextlib.suppress(OSError):
             assert self.process.stdin is not None
             self.process.stdin.close()
+        if self.thread is not threading.current_thread():  # the garbage collector runs in any thread
+            self.thread.join(5)
         return status
 
 
