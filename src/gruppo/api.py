@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -207,6 +208,7 @@ def evaluation_of(
     step: int | None = None,
     tasks: int | None = None,
     samples: int | None = None,
+    settings: Mapping[str, Any] = MappingProxyType({}),
     metrics: Sequence[Any] = (),
     seed: int = 0,
     say: Callable[[str], None] = print,
@@ -233,7 +235,7 @@ def evaluation_of(
         base.pop("world")
     if not any((world, data, base.get("world"), base.get("data"))):
         raise GruppoError(f"on what shall {target} be evaluated? Give --world NAME, or --data FILE and --reward module:function")
-    config = assemble(base, {k: v for k, v in asked.items() if v is not None})
+    config = assemble(base, {k: v for k, v in asked.items() if v is not None}, settings)
     config = resolve(config, Given(), say)
     own = config.eval
     policy = build_policy(config, Given())

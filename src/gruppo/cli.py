@@ -142,6 +142,7 @@ def train(
     ] = None,
     name: Annotated[str | None, typer.Option(help="The run's folder below --folder; made up when not given.")] = None,
     folder: Annotated[str | None, typer.Option(help="Where runs are kept.  [default: runs]")] = None,
+    track: Annotated[list[str] | None, typer.Option(help="trackio, wandb or tensorboard, beside the run folder.")] = None,
     plain: Plain = False,
     dry: Annotated[bool, typer.Option("--dry", help="Check and print the resolved run file, then stop.")] = False,
 ) -> None:
@@ -167,7 +168,8 @@ def train(
 
         raise GruppoError(f"{files[1]!r} is neither a setting (section.key=value) nor the first run file; one run file is read")
     asked = {"recipe": recipe, "world": world, "model": model, "data": data, "rewards": reward, "name": name, "folder": folder}
-    config = assemble(given, {k: v for k, v in asked.items() if v}, overrides([w for w in words if "=" in w]))
+    layers = [{k: v for k, v in asked.items() if v}, {"track": {"to": track}} if track else {}]
+    config = assemble(given, *layers, overrides([w for w in words if "=" in w]))
     if dry:
         print(dump(config), end="")
         return
@@ -233,12 +235,16 @@ def eval_(
     step: Annotated[int | None, typer.Option(help="Which checkpoint of a run; the last one by default.")] = None,
     tasks: Annotated[int | None, typer.Option(help="At most this many problems.")] = None,
     samples: Annotated[int | None, typer.Option(help="Sampled paths per problem.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Settings that beat the run's own.")
+    ] = None,
     metric: Annotated[list[str] | None, typer.Option(help="A function of groups, as module:function; may be repeated.")] = None,
     seed: int = 0,
     as_json: Json = False,
 ) -> None:
     """pass@k, mean@n, majority@n and greedy accuracy on held-out problems, with intervals, overall and by difficulty."""
     from gruppo.api import evaluation_of
+    from gruppo.runs.config import overrides
 
     found = evaluation_of(
         target,
@@ -248,6 +254,7 @@ def eval_(
         step=step,
         tasks=tasks,
         samples=samples,
+        settings=overrides(settings or ()),
         metrics=metric or (),
         seed=seed,
         say=say,

@@ -116,6 +116,7 @@ class TrackSection(Section):
     groups_every: int = Field(10, ge=0)  # steps between saved groups; 0 = never
     show_every: int = Field(10, ge=0)  # steps between completions in the terminal
     report: bool = True
+    to: list[str] = []  # trackers beside the run folder: trackio, wandb, tensorboard
 
 
 class StagePolicy(Section):
@@ -217,11 +218,11 @@ def sentence(error: ValidationError, where: str) -> str:
 def nearest(word: str, known: Iterable[str]) -> str:
     """'did you mean ...?', or the list to choose from."""
     known = list(known)
-    close = difflib.get_close_matches(word, known, 1, 0.6)
-    if not close:  # the right leaf in the wrong section, or without one
-        leaf = word.rpartition(".")[2]
-        by_leaf = {k.rpartition(".")[2]: k for k in reversed(known)}
-        close = [by_leaf[hit] for hit in difflib.get_close_matches(leaf, by_leaf, 1, 0.7)]
+    leaf = word.rpartition(".")[2]
+    by_leaf = {k.rpartition(".")[2]: k for k in reversed(known)}
+    close = [by_leaf[leaf]] if leaf in by_leaf else []  # the right name in the wrong section, or without one
+    close = close or difflib.get_close_matches(word, known, 1, 0.6)
+    close = close or [by_leaf[hit] for hit in difflib.get_close_matches(leaf, by_leaf, 1, 0.7)]
     if close:
         return f"did you mean {close[0]!r}?"
     section = word.rpartition(".")[0]

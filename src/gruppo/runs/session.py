@@ -35,6 +35,7 @@ from gruppo.runs.evaluate import Evaluation, Metric, evaluate
 from gruppo.runs.folder import RunFolder
 from gruppo.runs.folder import whole as written_whole
 from gruppo.runs.measure import measure
+from gruppo.runs.track import tracker
 from gruppo.train import fit
 from gruppo.types import Group, GruppoError, Reference, Task
 
@@ -97,6 +98,7 @@ class Session:
         self.optimizer = torch.optim.AdamW(
             list(self.policy.parameters()), lr=0.0, betas=config.fit.betas, weight_decay=config.fit.weight_decay
         )
+        self.trackers = [tracker(name, folder.path) for name in config.track.to]
         self._enter(0)
 
     # -- beginnings ---------------------------------------------------------------------------------------------------
@@ -154,7 +156,7 @@ class Session:
             name = str(own.data) if source is None else "the data"
             tasks_of.check_lengths(self.policy, rows, own.policy.max_new_tokens, name)
             kept = tasks_of.only(rows, own.only)
-            inside = 0 if own.eval.data or self.given.held_out is not None or world else own.eval.share
+            inside = 0.0 if own.eval.data or self.given.held_out is not None or world else own.eval.share
             train, away = tasks_of.split(kept, inside, own.eval.tasks)
             held = held or away
             out.append(train)
@@ -278,11 +280,17 @@ class Session:
     def run(self, show: Any) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
         """Train to the end; the held-out scores before and after. `show` is told of every step."""
         total = self.config.ends[-1]
+        for one in self.trackers:
+            one.start(self.config.model_dump(mode="json"))
         if self.step == 0 and not self.folder.evals.exists():
             self._evaluate(show)
-        with stopping() as stop:
-            while self.step < total:
-                self._run_stage(show, stop)
+        try:
+            with stopping() as stop:
+                while self.step < total:
+                    self._run_stage(show, stop)
+        finally:
+            for one in self.trackers:
+                one.finish()
         return self.scores()
 
     def _run_stage(self, show: Any, stop: list[int]) -> None:
@@ -324,6 +332,8 @@ class Session:
             if logged:
                 record["logged"] = logged
             self.folder.append(self.folder.metrics, record)
+            for one in self.trackers:
+                one.log(step, record)
             if track.groups_every and (step % track.groups_every == 0 or step == 1):
                 self.folder.save_groups("groups", step, done.groups, self.policy.tokenizer)
             show.step(record, done.groups)
@@ -380,6 +390,8 @@ class Session:
         set_counters(grade, counted)  # what a held-out grade abstained on belongs to the evaluation's own counts
         self.folder.append(self.folder.evals, {"step": self.step, "time": time.time(), **found.as_dict()})
         self.folder.save_groups("evals", self.step, found.groups + found.greedy_groups, self.policy.tokenizer)
+        for one in self.trackers:
+            one.log(self.step, {"held_out": {name: score.value for name, score in found.scores.items()}})
         show.evaluation(self.step, found.as_dict()["scores"])
         name, value = headline(found)
         if self.step and math.isfinite(value) and (self.best is None or value > self.best["score"]):
