@@ -44,7 +44,7 @@ class _Swapped:
     def inside(self) -> Iterator[None]:
         own = [p.data for p in self.policy.parameters()]
         for p, w in zip(self.policy.parameters(), self.weights):
-            p.data = w
+            p.data = w.to(p.dtype)
         try:
             yield
         finally:
@@ -79,6 +79,7 @@ class Ema(_Swapped):
 
     def __init__(self, policy: Any, decay: float, every: int) -> None:
         super().__init__(policy)
+        self.weights = [w.float() for w in self.weights]  # in bfloat16 a step of 1 - decay would be rounded away
         self.decay, self.every, self.seen = decay, every, 0
 
     @torch.no_grad()
@@ -93,7 +94,7 @@ class Ema(_Swapped):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.seen = state["seen"]
-        for w, saved in zip(self.weights, state["weights"]):
+        for w, saved in zip(self.weights, state["weights"], strict=True):
             w.copy_(saved)
 
 

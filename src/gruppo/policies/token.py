@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from gruppo.core.collate import blocks
 from gruppo.types import Batch, GruppoError, Path, Reference, Scope, Steps
@@ -48,7 +50,10 @@ class TokenPolicy:
         self.context = getattr(self.config, "max_position_embeddings", None) or 2**31
         silence_dropout(model)
         if checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.20
+                model.activation_checkpointing_enable({"use_reentrant": False})
+            else:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             if hasattr(model, "enable_input_require_grads"):
                 model.enable_input_require_grads()
         model.eval()
@@ -96,7 +101,10 @@ class TokenPolicy:
         max_new = self.max_new if max_new is None else max_new
         temperature = self.temperature if temperature is None else temperature
         known: dict[int, Tensor] = {}
-        ids = [known.setdefault(id(p), self.encode(p)) for p in prompts]
+        for p in prompts:
+            if id(p) not in known:
+                known[id(p)] = self.encode(p)
+        ids = [known[id(p)] for p in prompts]
         longest = max(map(len, ids), default=0)
         if longest + max_new > self.context:
             raise GruppoError(
@@ -124,9 +132,7 @@ class TokenPolicy:
         padded = bool((lengths < width).any())
         ids, real, lengths = ids.to(device), real.to(device), lengths.to(device)
 
-        from transformers import DynamicCache
-
-        cache = DynamicCache(config=self.config)
+        cache = roomy_cache(self.config)
         with self._cast():
             out = self.model(
                 input_ids=ids,
@@ -150,7 +156,8 @@ class TokenPolicy:
         alive = torch.ones(n, dtype=torch.bool, device=device)  # rows of the cache that still decode
         for t in range(max_new):
             token, logp = self._choose(logits, temperature, g)
-            if not logp[alive].isfinite().all() and temperature > 0:
+            said = logp if temperature > 0 else logits.amax(-1)
+            if not said[alive].isfinite().all():
                 raise GruppoError(
                     f"the model's log-probability is not finite at step {t} of sampling: its weights or activations hold "
                     "NaN or infinity"
@@ -239,6 +246,33 @@ class TokenPolicy:
             return logp, None
         return logp, torch.zeros(where.shape, device=device).index_put((row, t), entropy)
 
+    def read_packed(self, bins: Sequence[Sequence[tuple[Tensor, Tensor]]], *, temperature: float | None = None) -> list[Tensor]:
+        """log p [T] of the steps of every (prompt, steps) pair, several pairs laid end to end in each row; differentiable.
+
+        Position ids restart at every pair, from which transformers builds the mask that keeps pairs apart.
+        """
+        width = max(sum(len(p) + len(s) for p, s in some) for some in bins)
+        ids = torch.full((len(bins), width), self.pad)
+        place = torch.zeros(len(bins), width, dtype=torch.long)  # each padding token is a pair of its own
+        row, column, target, lengths = [], [], [], []
+        for i, some in enumerate(bins):
+            at = 0
+            for p, s in some:
+                end = at + len(p) + len(s)
+                ids[i, at:end] = torch.cat([p, s])
+                place[i, at:end] = torch.arange(end - at)
+                row.append(torch.full((len(s),), i))
+                column.append(torch.arange(at + len(p) - 1, end - 1))
+                target.append(s)
+                lengths.append(len(s))
+                at = end
+        device = self.device
+        with self._cast(), self._training():
+            hidden = self.head.hidden(ids.to(device), place.to(device))[torch.cat(row).to(device), torch.cat(column).to(device)]
+            T = self.temperature if temperature is None else temperature
+            value, _ = self.head.read(hidden, torch.cat(target).to(device), T, self.head_elements, False)
+        return list(value.split(lengths))
+
     def split(self, batch: Batch, scope: Scope, size: int) -> Iterator[Batch]:
         """Blocks of rows of similar length, at most `size` tokens each with padding (one row or group at the least)."""
         batch = batch.to(self.device)
@@ -312,12 +346,12 @@ class Head:
         assert parts is not None
         return parts[1](hidden)
 
-    def hidden(self, ids: Tensor) -> Tensor:
+    def hidden(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """[B, L, D], or the logits [B, L, V] themselves for a model whose head cannot be taken apart."""
         parts = self._parts()
         if self.finish is None or parts is None:
-            return self.model(input_ids=ids, use_cache=False).logits
-        return parts[0](input_ids=ids, use_cache=False).last_hidden_state
+            return self.model(input_ids=ids, position_ids=position_ids, use_cache=False).logits
+        return parts[0](input_ids=ids, position_ids=position_ids, use_cache=False).last_hidden_state
 
     def read(
         self, hidden: Tensor, target: Tensor, temperature: float, elements: int, entropy: bool
@@ -344,6 +378,48 @@ class Head:
             ]
             logp, H = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
         return logp, (H.detach() if entropy else None)
+
+
+class _Roomy(DynamicLayer):
+    """Keys and values with room to grow: a new token is written in place where `DynamicLayer` would copy all earlier ones."""
+
+    ROOM = 64  # tokens added whenever the room is used up
+
+    def _store(self, keys: Tensor, values: Tensor, room: int) -> None:
+        self.used = keys.shape[-2]
+        full = (*keys.shape[:2], self.used + room)
+        self.rooms = keys.new_empty(*full, keys.shape[-1]), values.new_empty(*full, values.shape[-1])
+        for space, x in zip(self.rooms, (keys, values)):
+            space[:, :, : self.used] = x
+
+    def _filled(self) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (space[:, :, : self.used] for space in self.rooms)
+        return self.keys, self.values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._store(key_states, value_states, 0)
+            return self._filled()
+        end = self.used + key_states.shape[-2]
+        if end > self.rooms[0].shape[-2]:
+            self._store(*self._filled(), end - self.used + self.ROOM)
+        for space, x in zip(self.rooms, (key_states, value_states)):
+            space[:, :, self.used : end] = x
+        self.used = end
+        return self._filled()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        keys, values = self._filled()
+        self._store(keys[indices], values[indices], self.ROOM)
+        self._filled()
+
+
+def roomy_cache(config: Any) -> DynamicCache:
+    """The cache that transformers makes for this model, its growing full-attention layers replaced by `_Roomy`."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_Roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
