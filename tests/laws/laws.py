@@ -1,0 +1,376 @@
+"""The laws: each takes a recipe (and, to plant faults, a way to make a policy) and asserts one statement."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gruppo.core.collate import collate, drop_abstained
+from gruppo.core.kl import WithKL
+from gruppo.core.reduce import weigh
+from gruppo.core.tree import edges, owners
+from gruppo.policies.reference import Frozen
+from gruppo.policies.token import TokenPolicy
+from gruppo.recipe import Recipe
+from gruppo.recipes.golden import Draw, Trial, grading, tiny_policy
+from gruppo.train import accumulate
+from gruppo.types import Batch, Group, Path, Reference
+
+Make = Callable[..., TokenPolicy]
+COLD = 0.7  # a temperature other than 1, or half of the faults would not show
+
+
+# ---- the scene that most laws share
+
+
+def sampled(recipe: Recipe, policy: TokenPolicy, seed: int = 0, prompts: int = 4) -> list[Group]:
+    """Fresh groups of unequal sizes from the recipe's own rollout, with rewards that differ inside each group."""
+    if recipe.reference is not None:
+        policy.reference = recipe.reference(policy)
+    rng = torch.Generator().manual_seed(seed)
+    groups = recipe.rollout(policy, Draw(0, 0, [0]).more(prompts), grading(), rng)
+    groups[0] = first_rows(groups[0], len(groups[0]) - 3)
+    return [rewarded(g, torch.rand(len(g), generator=rng).round(decimals=1) + torch.arange(len(g)) % 2) for g in groups]
+
+
+def rewarded(group: Group, reward: Tensor) -> Group:
+    """The group with another raw reward, written as the graders would write it."""
+    return group.with_(signals={**group.signals, "reward": reward.float()})
+
+
+def first_rows(group: Group, n: int) -> Group:
+    """The group's first n paths with their signals."""
+    return picked(group, list(range(n)))
+
+
+def picked(group: Group, rows: list[int]) -> Group:
+    """These paths in this order, their signals with them and their forks pointing at the new rows."""
+    signals = {k: v[rows] if isinstance(v, Tensor) else [v[i] for i in rows] for k, v in group.signals.items()}
+
+    def moved(path: Path) -> Path:
+        return path if path.fork is None else replace(path, fork=(rows.index(path.fork[0]), path.fork[1]))
+
+    return Group(group.task, [moved(group.paths[i]) for i in rows], signals)
+
+
+def compared(recipe: Recipe, groups: list[Group]) -> list[Group]:
+    """Reward, abstention, advantage and batch-level step, as an iteration does them."""
+    groups = [drop_abstained(g.with_(reward=recipe.reward(g))) for g in groups]
+    return recipe.across([g.with_(advantage=recipe.advantage(g)) for g in groups])
+
+
+def weighed(recipe: Recipe, groups: list[Group]) -> Batch:
+    """One batch of everything, with its weights."""
+    return weigh(collate(compared(recipe, groups)), recipe.reduce)
+
+
+def shaken(policy: TokenPolicy, by: float = 0.05) -> TokenPolicy:
+    """The same policy after a random step, so that ratios are not 1."""
+    g = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.add_(by * torch.randn(p.shape, generator=g))
+    return policy
+
+
+def gradient(policy: TokenPolicy, batch: Batch, recipe: Recipe, ref: Reference | None, budget: int = 10**9) -> Tensor:
+    """The gradient of the batch's objective, as one vector."""
+    for p in policy.parameters():
+        p.grad = None
+    accumulate(policy, batch, recipe, ref=ref, budget=budget)
+    return flat_gradient(policy)
+
+
+def flat_gradient(policy: TokenPolicy) -> Tensor:
+    return torch.cat([torch.zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in policy.parameters()])
+
+
+def off_policy_scene(recipe: Recipe, make: Make) -> tuple[TokenPolicy, Batch, Reference | None]:
+    """A batch, and the policy one random step later."""
+    policy = make(temperature=COLD)
+    batch = weighed(recipe, sampled(recipe, policy))
+    return shaken(policy), batch, policy.reference
+
+
+def close(a: Tensor, b: Tensor, rel: float = 1e-5) -> None:
+    """Equal up to rel of the larger vector's size."""
+    gap, size = float((a - b).norm()), float(torch.maximum(a.norm(), b.norm()))
+    assert gap <= rel * size + 1e-8, f"they differ by {gap:.3g}, their size is {size:.3g}"
+
+
+# ---- the laws
+
+
+def agree(recipe: Recipe, make: Make = tiny_policy) -> None:
+    """On fresh paths the policy says what the sampler said, at a temperature other than 1, and every ratio is 1."""
+    policy = make(temperature=COLD)
+    batch = weighed(recipe, sampled(recipe, policy))
+    with torch.no_grad():
+        now = policy.evaluate(batch)
+    for said in (batch.logp_sampler, batch.logp_old):
+        assert float(((now.logp - said) * batch.mask).abs().max()) < 1e-4
+    _, stats = recipe.loss(batch, now, None if recipe.reference is None else Frozen(policy).evaluate(batch))
+    if "ratio" in stats:
+        assert float((stats["ratio"][batch.mask] - 1).abs().max()) < 1e-3
+
+
+def end(recipe: Recipe, make: Make = tiny_policy) -> None:
+    """A path that ended by itself trains its end token: stopping is a decision too."""
+    policy = make(temperature=COLD)
+    ended = [p for g in sampled(recipe, policy) for p in g.paths if not p.truncated]
+    assert ended, "no path of this scene ended, so it shows nothing"
+    for path in ended:
+        assert int(path.steps[-1]) in policy.eos
+        assert bool(path.mask[-1]) or not path.mask.any()
+
+
+def own(recipe: Recipe, make: Make = tiny_policy) -> None:
+    """Every path answers its own group's task, and the batch knows which group each row is from."""
+    policy = make(temperature=COLD)
+    groups = sampled(recipe, policy)
+    for group in groups:
+        for path in group.paths:
+            assert torch.equal(path.prompt, policy.encode(group.task.prompt))
+    batch = collate(compared(recipe, groups))
+    rows = iter(zip(batch.paths, batch.group.tolist()))
+    for n, group in enumerate(groups):
+        for path in group.paths:
+            row, at = next(rows)
+            assert at == n
+            assert torch.equal(row.steps, path.steps)
+
+
+def micro(recipe: Recipe, make: Make = tiny_policy) -> None:
+    """Any block size gives the same gradient, away from the weights that sampled as well."""
+    policy, batch, ref = off_policy_scene(recipe, make)
+    once = gradient(policy, batch, recipe, ref)
+    assert float(once.norm()) > 1e-4
+    for budget in (30, 100):
+        close(gradient(policy, batch, recipe, ref, budget), once)
+
+
+def weight(recipe: Recipe, make: Make = tiny_policy, *, one: bool = True) -> None:
+    """In each optimizer step the weights are not negative, 0 off the mask, and sum to 1; no row is left out."""
+    policy = make(temperature=COLD)
+    whole = collate(compared(recipe, sampled(recipe, policy)))
+    trained: list[Path] = []
+    for part in recipe.cadence(whole):
+        part = weigh(part, recipe.reduce)
+        assert float(part.weight.min()) >= 0
+        assert not part.weight[~part.mask].any()
+        total = float(part.weight.sum())
+        assert abs(total - 1) < 1e-5 if one else total > 0
+        trained += part.paths
+    counts = [sum(t is p for t in trained) for p in whole.paths if p.mask.any()]
+    assert min(counts) == max(counts) >= 1
+
+
+def flat(recipe: Recipe, make: Make = tiny_policy) -> None:
+    """Equal rewards give no gradient at all while the policy stands where its reference stands."""
+    policy = make(temperature=COLD)
+    groups = [drop_abstained(g.with_(reward=torch.full((len(g),), 0.3))) for g in sampled(recipe, policy)]
+    groups = recipe.across([g.with_(advantage=recipe.advantage(g)) for g in groups])
+    batch = weigh(collate(groups), recipe.reduce)
+    ref = Frozen(policy) if recipe.reference else None
+    assert float(gradient(policy, batch, recipe, ref).abs().max()) < 1e-6
+
+
+def masked(recipe: Recipe, make: Make = tiny_policy) -> None:
+    """What stands at a masked step, advantage or log-probability, changes nothing."""
+    policy, batch, ref = off_policy_scene(recipe, make)
+    mask = batch.mask.clone()
+    mask[:, 1::3] = False
+    paths = [replace(p, mask=mask[i, : len(p)]) for i, p in enumerate(batch.paths)]
+    batch = weigh(batch.with_(mask=mask, paths=paths), recipe.reduce)
+    before = gradient(policy, batch, recipe, ref)
+    off = ~mask
+    junk = batch.with_(
+        advantage=batch.advantage + 3.0 * off, logp_old=batch.logp_old - 2.0 * off, logp_sampler=batch.logp_sampler + 1.5 * off
+    )
+    assert float(before.norm()) > 1e-4
+    close(gradient(policy, junk, recipe, ref), before, rel=1e-7)
+
+
+def order(recipe: Recipe, make: Make = tiny_policy) -> None:
+    """Permuted paths have permuted advantages."""
+    policy = make(temperature=COLD)
+    groups = sampled(recipe, policy)
+    straight = compared(recipe, groups)
+    g = torch.Generator().manual_seed(3)
+    turns = [shuffled(group, g) for group in groups]
+    turned = compared(recipe, [picked(group, rows) for group, rows in zip(groups, turns)])
+    for rows, a, b in zip(turns, straight, turned):
+        assert a.advantage is not None
+        assert b.advantage is not None
+        assert torch.allclose(b.advantage, a.advantage[rows], atol=1e-5)
+
+
+def shuffled(group: Group, g: torch.Generator) -> list[int]:
+    """A random order of the rows in which parents stand before their children."""
+    rank, out = torch.rand(len(group), generator=g), []
+    while len(out) < len(group):
+        ready = [i for i, p in enumerate(group.paths) if i not in out and (p.fork is None or p.fork[0] in out)]
+        out.append(min(ready, key=lambda i: float(rank[i])))
+    return out
+
+
+def pad(recipe: Recipe, make: Make = tiny_policy) -> None:
+    """Longer padding changes nothing: neither a wider batch nor a longer neighbour."""
+    policy, batch, ref = off_policy_scene(recipe, make)
+
+    def objective(b: Batch) -> Tensor:
+        for p in policy.parameters():
+            p.grad = None
+        with torch.no_grad():
+            fixed = None if ref is None else ref.evaluate(b)
+        loss, _ = recipe.loss(b, policy.evaluate(b), fixed)
+        (b.weight * loss).sum().backward()
+        return flat_gradient(policy)
+
+    wide = {
+        name: torch.nn.functional.pad(getattr(batch, name), (0, 5), value=fill)
+        for name, fill in {"logp_old": 0.0, "logp_sampler": 0.0, "advantage": 0.0, "mask": False, "unit": -1}.items()
+    }
+    close(objective(weigh(batch.with_(**wide, weight=torch.zeros(wide["mask"].shape)), recipe.reduce)), objective(batch))
+    together = policy.evaluate(batch).logp
+    for i in range(0, len(batch), 5):
+        alone = policy.evaluate(batch.rows([i])).logp[0]
+        assert torch.allclose(alone, together[i, : len(alone)], atol=1e-4)
+
+
+def singleton(recipe: Recipe, make: Make = tiny_policy) -> None:
+    """A group of one has nothing to be compared with: its advantage is 0, in a batch of its own or beside others."""
+    policy = make(temperature=COLD)
+    groups = sampled(recipe, policy)
+    lone = first_rows(groups[0], 1)
+    for beside in ([], groups[1:]):
+        first = compared(recipe, [lone, *beside])[0]
+        assert first.advantage is not None
+        assert torch.equal(first.advantage, torch.zeros(1, len(lone.paths[0])))
+
+
+def abstain(recipe: Recipe, make: Make = tiny_policy) -> None:
+    """A path whose reward is NaN might as well not have been sampled."""
+    policy = make(temperature=COLD)
+    groups = sampled(recipe, policy)
+    group = groups[1]
+    reward = group.signals["reward"].clone()
+    reward[2] = torch.nan
+    without = picked(group, [i for i in range(len(group)) if i != 2])
+    absent = weighed(recipe, [groups[0], without, *groups[2:]])
+    silent = weighed(recipe, [groups[0], rewarded(group, reward), *groups[2:]])
+    row = len(groups[0]) + 2
+    assert not silent.weight[row].any()
+    policy = shaken(policy)
+    a, b = gradient(policy, silent, recipe, policy.reference), gradient(policy, absent, recipe, policy.reference)
+    assert float(a.norm()) > 1e-4
+    close(a, b)
+
+
+def once(recipe: Recipe, make: Make = tiny_policy) -> None:
+    """A decision that several paths share is trained by one of them."""
+    for group in sampled(recipe, make(temperature=COLD)):
+        assert int(owners(edges(group), group.mask).sum()) == int(group.mask.sum())
+
+
+def pull(recipe: Recipe, make: Make = tiny_policy) -> None:
+    """A reference pulls back: in the loss a small step lowers the divergence, in the reward the path that left it earns less."""
+    if recipe.reference is None:
+        return
+    policy = make(temperature=COLD)
+    policy.reference = reference = recipe.reference(policy)
+    groups = recipe.rollout(shaken(policy), Draw(0, 0, [0]).more(4), grading(), torch.Generator().manual_seed(0))
+    groups = [rewarded(g, torch.ones(len(g))) for g in groups]
+    moved = [recipe.reward(g) for g in groups]
+    if any(float(r.max() - r.min()) > 0 for r in moved):  # the KL is in the reward
+        for group, reward in zip(groups, moved):
+            far = torch.stack([((p.logp - r) * p.mask).sum() for p, r in zip(group.paths, group.signals["logp_ref"])])
+            assert float(((reward - reward.mean()) * (far - far.mean())).sum()) < 0
+        return
+    assert isinstance(recipe.loss, WithKL)
+    batch = weighed(recipe, groups)
+
+    def divergence() -> float:
+        with torch.no_grad():
+            d = policy.evaluate(batch).logp - reference.evaluate(batch).logp
+        return float((batch.weight * ((-d).exp() + d - 1)).sum())
+
+    before, slope = divergence(), gradient(policy, batch, recipe, reference)
+    assert float(slope.norm()) > 1e-6
+    at = 0
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.sub_(1e-3 * slope[at : at + p.numel()].view_as(p) / slope.norm())
+            at += p.numel()
+    assert divergence() < before
+
+
+def resume(recipe: Recipe, make: Make = tiny_policy) -> None:
+    """Saved after two iterations and loaded into a new run, the third one is the same bit for bit."""
+    trial = Trial.of(recipe)
+    trial.advance()
+    trial.advance()
+    saved = {
+        "model": {k: v.clone() for k, v in trial.policy.model.state_dict().items()},
+        "optimizer": trial.optimizer.state_dict(),
+        "rng": trial.rng.get_state(),
+        "reference": None if trial.reference is None else trial.reference.state_dict(),
+        "memory": [m.state_dict() for m in recipe.state],
+        "stream": list(trial.stream),
+    }
+    expected = trial.advance()
+    other = Trial.of(recipe)
+    other.policy.model.load_state_dict(saved["model"])
+    other.optimizer.load_state_dict(saved["optimizer"])
+    other.rng.set_state(saved["rng"])
+    other.stream[:] = saved["stream"]
+    if other.reference is not None:
+        other.reference.load_state_dict(saved["reference"])
+    for memory, state in zip(recipe.state, saved["memory"]):
+        memory.load_state_dict(state)
+    found = other.advance()
+    assert found.stats == expected.stats
+    for a, b in zip(trial.policy.parameters(), other.policy.parameters()):
+        assert torch.equal(a, b)
+
+
+# Advantages of a right and a wrong path of r = [1,0,0,1,1,0,0,0] (mean .375, sample std .517549).
+EXPECTED: dict[str, tuple[float, float]] = {
+    "grpo": (1.207381, -0.724429),
+    "grpo-tis": (1.207381, -0.724429),
+    "grpo-mis": (1.207381, -0.724429),
+    "dr-grpo": (0.625, -0.375),
+    "dapo": (1.207612, -0.724567),
+    "gspo": (1.207381, -0.724429),
+    "gspo-token": (1.207381, -0.724429),
+    "cispo": (1.207612, -0.724567),
+    "scalerl": (1.207381, -0.724429),  # one group: the batch's std is the group's
+    "rloo": (0.714286, -0.428571),
+}
+
+
+def paper(recipe: Recipe, make: Make = tiny_policy, *, name: str) -> None:
+    """The worked numbers: advantages of r = [1,0,0,1,1,0,0,0], spread over every step, and 0 for r = [1,1,1,1]."""
+    reward = torch.tensor([1.0, 0, 0, 1, 1, 0, 0, 0])
+    right, wrong = EXPECTED[name]
+    path = Path(torch.tensor([2]), torch.tensor([4, 5, 1]), torch.zeros(3), torch.ones(3, dtype=torch.bool), "ab")
+    zero = [torch.zeros(3)] * 8
+    group = Group(Draw(0, 1).__iter__().__next__(), [path] * 8, {"reward": reward, "correct": reward, "logp_ref": zero})
+    found = compared(recipe, [group])[0].advantage
+    assert found is not None
+    expected = torch.where(reward > 0, right, wrong)[:, None].expand(8, 3)
+    assert torch.allclose(found, expected, atol=1e-6)
+    same = Group(group.task, [path] * 4, {"reward": torch.ones(4), "correct": torch.ones(4), "logp_ref": zero[:4]})
+    none = compared(recipe, [same])[0].advantage
+    assert none is not None
+    assert torch.equal(none, torch.zeros(4, 3))
+
+
+LAWS: dict[str, Callable[..., Any]] = {
+    f.__name__: f
+    for f in (agree, end, own, micro, weight, flat, masked, order, pad, singleton, abstain, once, pull, resume, paper)
+}
