@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.graders.made import group
 
 from gruppo.graders import Abstained, Grading
 from gruppo.types import GruppoError
-from tests.graders.made import group
 
 
 @dataclass

@@ -11,11 +11,11 @@ import threading
 import time
 
 import pytest
+from tests.graders.made import group
 
 from gruppo.graders import Grading, MathAnswer
 from gruppo.graders.pool import Failed, Pool
 from gruppo.types import GruppoError
-from tests.graders.made import group
 
 TOWER = r"\boxed{9^{9^{9^{9}}}}"  # sympy does not come back from comparing it with a number
 

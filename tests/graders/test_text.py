@@ -6,11 +6,11 @@ import time
 from fractions import Fraction
 
 import pytest
+from tests.graders.made import group, path
 
 from gruppo.graders import Budget, Choice, Exact, Grading, Matches, Number, SoftOverlong, Tags, characters, soft_overlong
 from gruppo.graders.text import boxed, inside, number, said_choice, said_number
 from gruppo.types import Group, GruppoError, Task
-from tests.graders.made import group, path
 
 
 @pytest.mark.parametrize(

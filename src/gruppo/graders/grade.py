@@ -87,7 +87,9 @@ class Grading:
 
     def preflight(self, groups: list[Group]) -> list[Group]:
         """Grade once before the run with every failure of a grader's code or data refused; counts nothing."""
-        return replace(self, strict=True, abstained=Counter(), failures=Counter())(groups)
+        graded = replace(self, strict=True, abstained=Counter(), failures=Counter())(groups)
+        self.take_metrics()
+        return graded
 
     def at(self, step: int, steps: int) -> None:
         """Tell the graders that ask (TRL's `trainer_state`) which step of how many this is."""

@@ -67,38 +67,33 @@ class TrlRewards:
         self.state.global_step, self.state.max_steps = step, steps
 
     def __call__(self, groups: list[Group]) -> list[dict[str, Any]]:
-        extras: dict[str, list[Any]] = defaultdict(list)
-        given = self.arguments(groups, extras)
+        given = self.arguments(groups)
         n = len(given["prompts"])
+        extras: dict[str, dict[str, list[Any]]] = {name: defaultdict(list) for name in self.functions}
         results: dict[str, Any] = {}
         coming: dict[str, Any] = {}
         for name, function in self.functions.items():
-            accepted = fitting(function, given, name)
+            accepted = fitting(function, {**given, "log_extra": functools.partial(keep, extras[name])}, name)
             if is_async(function):
                 coming[name] = functools.partial(function, **accepted)
                 continue
             try:
-                results[name] = limited(lambda f=function, a=accepted: f(**a), self.seconds, name)
+                results[name] = limited(functools.partial(function, **accepted), self.seconds, name)
             except GruppoError:
                 raise
             except Exception as error:  # the declared boundary: somebody's function broke
                 results[name] = error
         results.update(self.gather(coming))
         columns = {name: graded(results[name], n, name) for name in self.functions}
-        for name, values in extras.items():
-            if len(values) != n:
-                raise GruppoError(
-                    f"log_extra({name!r}) was given {len(values)} values for {n} completions; it needs one for each"
-                )
-            columns[f"extra/{name}"] = [str(v) for v in values]
+        columns.update(shown(extras, n))
         out, at = [], 0
         for group in groups:
             out.append({name: values[at : at + len(group)] for name, values in columns.items()})
             at += len(group)
         return out
 
-    def arguments(self, groups: list[Group], extras: dict[str, list[Any]]) -> dict[str, Any]:
-        """The keywords of one call: lists over all paths of all groups, and TRL's helpers."""
+    def arguments(self, groups: list[Group]) -> dict[str, Any]:
+        """The keywords of one call but `log_extra`: lists over all paths of all groups, and what the trainer would say."""
         names = list(dict.fromkeys(name for g in groups for name in g.task.columns()))
         for name in names:
             if name in GIVEN:
@@ -116,7 +111,6 @@ class TrlRewards:
                 if name not in ("prompt", "completion")
             },
             "trainer_state": self.state,
-            "log_extra": lambda column, values: extras[column].extend(values),
             "log_metric": lambda name, value: self.metrics[name].append(float(value)),
         }
 
@@ -167,6 +161,30 @@ def run_loop(loop: asyncio.AbstractEventLoop) -> None:
     """Run until stopped, then let go of its sockets."""
     loop.run_forever()
     loop.close()
+
+
+def keep(extras: dict[str, list[Any]], column: str, values: Any) -> None:
+    """What `log_extra` does: values of one call, or of several in pieces, follow one another."""
+    extras[column].extend(values)
+
+
+def shown(extras: dict[str, dict[str, list[Any]]], n: int) -> dict[str, list[str]]:
+    """The logged columns as text signals `extra/...`, for eyes only; one that differs from its namesake is numbered."""
+    columns: dict[str, list[str]] = {}
+    for function, logged in extras.items():
+        for name, values in logged.items():
+            if len(values) != n:
+                raise GruppoError(
+                    f"log_extra({name!r}) of the reward function {function} was given {len(values)} values for {n} completions; "
+                    "it needs one for each"
+                )
+            column, number = f"extra/{name}", 1
+            values = [str(v) for v in values]
+            while columns.get(column, values) != values:
+                number += 1
+                column = f"extra/{name}_{number}"
+            columns[column] = values
+    return columns
 
 
 def completion(prompt: Any, output: Any) -> Any:
