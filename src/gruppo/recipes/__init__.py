@@ -173,7 +173,7 @@ def recipe(name: str, /, **numbers: Any) -> Recipe:
                 f"{number} of {entry.nickname} is {value!r}, a {type(value).__name__}, but {wording(expected[number])} belongs "
                 f"there (default {entry.numbers[number]})"
             )
-    return entry.factory(**numbers)
+    return entry.factory(**{k: told(v, expected[k]) for k, v in numbers.items()})
 
 
 def choices(kind: Any) -> tuple[Any, ...]:
@@ -191,6 +191,12 @@ def fits(value: Any, kind: Any) -> bool:
         elif one is Any or (isinstance(one, type) and isinstance(value, one)) or (one is Callable and callable(value)):
             return True
     return False
+
+
+def told(value: Any, kind: Any) -> Any:
+    """4 as 4.0 where a number with a point is meant, so that both spellings make the same recipe."""
+    pointed = type(value) is int and float in choices(kind) and int not in choices(kind)
+    return float(value) if pointed else value
 
 
 def wording(kind: Any) -> str:
