@@ -1,0 +1,719 @@
+"""One HTML file that tells a run: curves, held-out problems before and after, and the groups it learned from.
+
+The page holds its data as JSON and asks the network for nothing. What does not fit is left out by count, never in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import re
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import yaml
+
+from gruppo.runs.show import Reading, difference, duration, headline, interval, label, readings, shown
+from gruppo.types import GruppoError
+
+TEMPLATE = Path(__file__).with_name("report.html.j2")
+STEPS, GROUPS, PATHS, TOKENS = 12, 8, 32, 1500  # at most: steps, groups of a step, paths of a group, tokens of a path
+GROUP_BYTES, PAIR_BYTES = 2_000_000, 600_000
+POINTS = 1500  # of a curve
+
+
+# --- curves -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Series:
+    """A column of numbers against the step; `band` names the column that is drawn around it."""
+
+    key: str
+    name: str = ""
+    band: str = ""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """What is drawn together, and the sentence that says what it means. `form` is share, number, or count."""
+
+    title: str
+    sentence: str
+    series: tuple[Series, ...]
+    form: str = "number"
+    noisy: bool = True  # a moving mean is drawn over it
+
+
+PARTS: dict[str, tuple[Chart, ...]] = {
+    "Did it learn?": (
+        Chart(
+            "Reward",
+            "Mean reward of the sampled paths; the band is one standard deviation between the paths of a group.",
+            (Series("reward", band="reward_std"),),
+        ),
+    ),
+    "What the paths look like": (
+        Chart(
+            "Length",
+            "Mean tokens of a path: of all paths, of the correct ones and of the wrong ones.",
+            (Series("length", "all"), Series("length_correct", "correct"), Series("length_wrong", "wrong")),
+            "count",
+        ),
+        Chart(
+            "Truncated", "Share of paths that were cut by the length limit before they ended.", (Series("truncated"),), "share"
+        ),
+        Chart(
+            "Abstained",
+            "Paths of the step that a grader could not grade. They train nothing and never count as 0.",
+            (Series("abstained"),),
+            "count",
+        ),
+    ),
+    "Is the update healthy?": (
+        Chart(
+            "Live groups",
+            "Live: share of groups with a non-zero advantage, the only ones that teach. "
+            "Same reward: share of groups whose paths all got the same reward.",
+            (Series("live", "live"), Series("zero_variance", "same reward")),
+            "share",
+        ),
+        Chart(
+            "Entropy",
+            "Mean uncertainty about the next step, in nats. It falls as the model commits; near 0 nothing new is tried.",
+            (Series("entropy"),),
+        ),
+        Chart("KL", "How far the policy has moved from its reference, per step, in nats.", (Series("kl"),)),
+        Chart(
+            "Ratio",
+            "Mean of new over old probability of the sampled steps. It is 1 before the first update on a batch.",
+            (Series("ratio"),),
+        ),
+        Chart(
+            "Clipped",
+            "Share of steps whose ratio left the trusted range, below for bad paths (low) or above for good paths (high).",
+            (Series("clip_low", "low"), Series("clip_high", "high")),
+            "share",
+        ),
+        Chart("Gradient norm", "Length of the gradient before it is clipped; spikes precede collapses.", (Series("grad_norm"),)),
+        Chart(
+            "Sampler-trainer gap",
+            "Largest difference between the log-probability at sampling and the trainer's own. It should be rounding noise; "
+            "a large gap means that two programs disagree.",
+            (Series("gap"),),
+        ),
+        Chart(
+            "Loss",
+            "Near 0 is normal: before any update the ratio is 1 and the advantages of a group cancel. Watch the reward instead.",
+            (Series("loss"),),
+        ),
+    ),
+    "Pace": (
+        Chart("Learning rate", "Step size of the optimizer.", (Series("lr"),), noisy=False),
+        Chart("Tokens per second", "Sampled tokens over the time of the whole step.", (Series("tokens_per_s"),), "count"),
+        Chart("Seconds per step", "Wall-clock time of one step: sampling, grading and training.", (Series("seconds"),)),
+        Chart("Tokens", "Tokens sampled in the step.", (Series("tokens"),), "count"),
+        Chart(
+            "Updates",
+            "Optimizer steps taken on what one step sampled; 0 where nothing could be learned.",
+            (Series("updates"),),
+            "count",
+        ),
+    ),
+}
+
+WORDS = {
+    "advantage": "How much better a path is than its siblings: blue tokens became likelier, orange ones less likely.",
+    "group": "The paths that are sampled for one prompt and compared with one another.",
+    "path": "One completion: the sequence of tokens that the model chose.",
+    "signal": "What one grader measured on a path, before any weighting.",
+    "reward": "The number that the recipe makes of the signals; only its differences within a group matter.",
+    "live group": "A group with a non-zero advantage. Where all paths get the same reward there is nothing to compare.",
+    "abstained": "The grader could not grade the path (it crashed, timed out or does not apply). The path is left out.",
+    "truncated": "The path was stopped by the length limit.",
+    "off-policy": "The path was sampled under another prompt than the one that it is trained under.",
+    "fork": "The path shares its first tokens with another path of the group.",
+    "not trained": "Tokens that the model read but did not choose, or that another path trains; shown in grey.",
+    "greedy": "Taking the likeliest token every time, so the score has no sampling noise.",
+    "held out": "Problems that training never sees.",
+    "interval": "The range that holds the true score with 95 % confidence, as far as the number of problems allows.",
+}
+
+ACCURACY = re.compile(r"^(greedy|mean|sampled|correct|accuracy|majority)$|^(pass|maj|majority|mean)@\d+$")
+
+
+# --- reading ------------------------------------------------------------------------------------------------------------
+
+
+def lines(file: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file, one per step; a step that was run again after a crash counts once, as it was last."""
+    if not file.exists():
+        return []
+    found: dict[int, dict[str, Any]] = {}
+    rows = file.read_text(encoding="utf-8").splitlines()
+    for n, row in enumerate(rows):
+        if not row.strip():
+            continue
+        try:
+            item = json.loads(row)
+        except json.JSONDecodeError as error:
+            if n == len(rows) - 1:  # the run was killed while it wrote
+                break
+            raise GruppoError(f"line {n + 1} of {file} is not JSON ({error.msg}); remove that line to read the rest") from None
+        found[int(item["step"])] = item
+    return [found[step] for step in sorted(found)]
+
+
+def flat(record: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a record under names like `signals/correct`; None is NaN."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}/")
+        elif value is None or isinstance(value, (int, float)):
+            yield f"{prefix}{name}", math.nan if value is None else float(value)
+
+
+def columns(records: Sequence[Mapping[str, float]]) -> dict[str, list[float]]:
+    """Records as columns of equal length, NaN where a record lacks the name."""
+    names = list(dict.fromkeys(name for r in records for name in r))
+    return {name: [r.get(name, math.nan) for r in records] for name in names}
+
+
+def thinned(table: dict[str, list[float]], points: int) -> tuple[dict[str, list[float]], int]:
+    """Columns of at most `points` rows, each the mean of k successive ones (of their numbers), and k."""
+    n = len(next(iter(table.values()), []))
+    k = max(1, math.ceil(n / points))
+    if k == 1:
+        return table, 1
+
+    def mean(values: list[float]) -> float:
+        heard = [v for v in values if math.isfinite(v)]
+        return statistics.fmean(heard) if heard else math.nan
+
+    return {name: [mean(column[i : i + k]) for i in range(0, n, k)] for name, column in table.items()}, k
+
+
+def snapshots(folder: Path) -> dict[int, Path]:
+    """Saved tables by step."""
+    found = {}
+    for file in sorted(folder.glob("step-*.parquet")):
+        if match := re.fullmatch(r"step-(\d+)\.parquet", file.name):
+            found[int(match[1])] = file
+    return found
+
+
+def spread_out(steps: Sequence[int], n: int) -> list[int]:
+    """At most n of them: the first, the last, and evenly between."""
+    if len(steps) <= n:
+        return list(steps)
+    return sorted({steps[round(i * (len(steps) - 1) / (n - 1))] for i in range(n)})
+
+
+def groups_of(table: pa.Table, n: int | None = None) -> list[list[dict[str, Any]]]:
+    """The rows of the first n groups, by group."""
+    ids = list(dict.fromkeys(table["group"].to_pylist()))[:n]
+    rows = table.filter(pc.field("group").isin(ids)).to_pylist()
+    by_id: dict[int, list[dict[str, Any]]] = {i: [] for i in ids}
+    for row in rows:
+        by_id[row["group"]].append(row)
+    return [sorted(by_id[i], key=lambda r: r.get("row") or 0) for i in ids]
+
+
+# --- what goes into the page --------------------------------------------------------------------------------------------
+
+
+def tidy(value: Any, digits: int = 6) -> Any:
+    """JSON that a browser reads: no NaN or infinity (null instead), floats to a few significant digits."""
+    if value is None or type(value) in (int, str, bool):
+        return value
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): tidy(v, digits) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [tidy(v, digits) for v in value]
+    return value
+
+
+def embedded(value: Any) -> str:
+    """JSON that may stand inside a script element: no text in it can close the element or open a comment."""
+    text = json.dumps(tidy(value), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
+
+
+def parsed(text: Any) -> dict[str, Any]:
+    """A JSON column as a dictionary."""
+    value = json.loads(text) if isinstance(text, str) and text else text
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def path_record(row: Mapping[str, Any]) -> dict[str, Any]:
+    """One path as the page draws it: its text cut into tokens, and per token the advantage, the mask and the chance it had."""
+    tokens = list(row.get("token_text") or [])
+    mask = list(row.get("mask") or [])
+    advantage = list(row.get("advantage") or [])
+    logp = list(row.get("logp") or [])
+    trained = [a for a, m in zip(advantage, mask) if m and a is not None and math.isfinite(a)]
+    out: dict[str, Any] = {
+        "row": row.get("row"),
+        "reward": row.get("reward"),
+        "signals": {k: v for k, v in parsed(row.get("signals")).items() if k != "reward"},
+        "advantage": statistics.fmean(trained) if trained else None,
+        "tokens": len(tokens),
+        "marks": [name for name, key in (("truncated", "truncated"), ("off-policy", "off_policy")) if row.get(key)],
+    }
+    if fork := row.get("fork"):
+        parent, _, at = str(fork).partition(":")
+        out["marks"].append(f"shares path {parent} before token {at}" if at else f"fork {fork}")
+    if not tokens:
+        return {**out, "text": str(row.get("output") or "")}
+    keep = list(range(len(tokens)))
+    if len(tokens) > TOKENS:
+        head = TOKENS * 2 // 3
+        keep = [*range(head), *range(len(tokens) - (TOKENS - head), len(tokens))]
+        out |= {"gap_after": head, "left_out": len(tokens) - TOKENS}
+    text = [tokens[i] for i in keep]
+    out["text"] = "".join(text)
+    if any(len(t) != 1 for t in text):
+        out["lengths"] = [len(t) for t in text]
+    values = [round(advantage[i], 3) if i < len(advantage) and math.isfinite(advantage[i] or 0.0) else 0.0 for i in keep]
+    used = [i < len(mask) and bool(mask[i]) for i in keep]
+    alike = {v for v, u in zip(values, used) if u}
+    out["step_advantage"] = values if len(alike) > 1 else next(iter(alike), 0.0)
+    if not all(used):
+        out["untrained"] = runs_of([not u for u in used])
+    if len(logp) == len(tokens):
+        out["chance"] = [round(100 * math.exp(min(logp[i], 0.0))) if math.isfinite(logp[i] or 0.0) else None for i in keep]
+    return out
+
+
+def runs_of(flags: Sequence[bool]) -> list[list[int]]:
+    """[start, end) of every run of True."""
+    edges = [i for i, (a, b) in enumerate(pairwise([False, *flags, False])) if a != b]
+    return [[a, b] for a, b in zip(edges[::2], edges[1::2])]
+
+
+def group_record(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """One group: what was asked, and its paths."""
+    first = rows[0]
+    return {
+        "group": first["group"],
+        "prompt": first.get("prompt") or "",
+        "answer": first.get("answer"),
+        "task": parsed(first.get("task")),
+        "paths": [path_record(r) for r in rows[:PATHS]],
+        "paths_left_out": max(0, len(rows) - PATHS),
+    }
+
+
+def browsable(folder: Path) -> dict[str, Any]:
+    """Groups of some steps, as many as the page may hold: the first of every step, then the second, and so on."""
+    saved = snapshots(folder / "groups")
+    chosen = spread_out(sorted(saved), STEPS)
+    tables = {step: pq.read_table(saved[step]) for step in chosen}
+    found = {step: groups_of(table, GROUPS) for step, table in tables.items()}
+    kept: dict[int, list[dict[str, Any]]] = {step: [] for step in chosen}
+    room = GROUP_BYTES
+    for rank in range(GROUPS):
+        for step in chosen:
+            if rank >= len(found[step]):
+                continue
+            record = group_record(found[step][rank])
+            size = len(embedded(record).encode())
+            if size <= room:
+                room -= size
+                kept[step].append(record)
+    return {
+        "steps": [
+            {
+                "step": step,
+                "groups": kept[step],
+                "groups_left_out": len(set(tables[step]["group"].to_pylist())) - len(kept[step]),
+            }
+            for step in chosen
+            if kept[step]
+        ],
+        "steps_left_out": len(saved) - sum(bool(kept[step]) for step in chosen),
+    }
+
+
+def grade_of(row: Mapping[str, Any]) -> tuple[float, bool]:
+    """Correctness where it was measured (and True), else the reward as one number."""
+    signals = parsed(row.get("signals"))
+    if isinstance(signals.get("correct"), (int, float)):
+        return float(signals["correct"]), True
+    if "correct" in signals:
+        return math.nan, True
+    reward = row.get("reward")
+    if isinstance(reward, (list, tuple)):
+        reward = math.fsum(r for r in reward if r is not None)
+    return (math.nan if reward is None else float(reward)), False
+
+
+def kind_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
+    """How one held-out problem changed."""
+    (b, graded), (a, _) = grade_of(before), grade_of(after)
+    if math.isnan(b) or math.isnan(a):
+        return "not graded"
+    if not graded:
+        return "reward rose" if a > b else "reward fell" if a < b else "reward unchanged"
+    return {
+        (False, True): "wrong to right",
+        (True, False): "right to wrong",
+        (False, False): "wrong both times",
+        (True, True): "right both times",
+    }[b > 0.5, a > 0.5]
+
+
+KINDS = (
+    "wrong to right",
+    "right to wrong",
+    "wrong both times",
+    "right both times",
+    "reward rose",
+    "reward fell",
+    "reward unchanged",
+    "not graded",
+)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One held-out problem at one evaluation: the path to show (the greedy one where there is one) and the sampled ones."""
+
+    shown: dict[str, Any]
+    samples: list[dict[str, Any]]
+
+
+def tried(table: pa.Table) -> dict[tuple[int, str], Tried]:
+    """The problems of an evaluation by position and prompt. Greedy paths stand after the samples, in the same order."""
+    groups = groups_of(table)
+    half = len(groups) // 2
+    prompts = [g[0].get("prompt") or "" for g in groups]
+    if len(groups) % 2 == 0 and half and prompts[:half] == prompts[half:] and all(len(g) == 1 for g in groups[half:]):
+        pairs = [Tried(greedy[0], sampled) for sampled, greedy in zip(groups[:half], groups[half:])]
+    else:
+        pairs = [Tried(g[0], g if len(g) > 1 else []) for g in groups]
+    return {(n, prompt): one for n, (prompt, one) in enumerate(zip(prompts, pairs))}
+
+
+def side_by_side(folder: Path, each: int = 8) -> dict[str, Any]:
+    """The same held-out problems before and after, counted by how they changed, with some of every kind to read."""
+    saved = snapshots(folder / "evals")
+    if len(saved) < 2:
+        return {"steps": [], "pairs": [], "counts": {}}
+    steps = [min(saved), max(saved)]
+    light = ("group", "row", "prompt", "signals", "reward")
+    tables = [pq.read_table(saved[s]) for s in steps]
+    before, after = (tried(t.select([n for n in light if n in t.column_names])) for t in tables)
+    by_kind: dict[str, list[tuple[int, str]]] = {kind: [] for kind in KINDS}
+    for key in (k for k in before if k in after):
+        by_kind[kind_of(before[key].shown, after[key].shown)].append(key)
+    picked = [(kind, key) for kind, keys in by_kind.items() for key in keys[:each]]
+
+    def whole(side: dict[tuple[int, str], Tried], table: pa.Table) -> dict[tuple[int, str], dict[str, Any]]:
+        at = {side[key].shown["group"]: key for _, key in picked}
+        rows = table.filter(pc.field("group").isin(list(at)))
+        return {at[g[0]["group"]]: g[0] for g in groups_of(rows)}
+
+    first, last = whole(before, tables[0]), whole(after, tables[1])
+    pairs, room = [], PAIR_BYTES
+    for kind, key in picked:
+        b, a = before[key].samples, after[key].samples
+        record = {
+            "kind": kind,
+            "prompt": key[1],
+            "answer": first[key].get("answer"),
+            "task": parsed(first[key].get("task")),
+            "before": path_record(first[key]),
+            "after": path_record(last[key]),
+            "right": [[sum(grade_of(r)[0] > 0.5 for r in s), len(s)] for s in (b, a)] if b and a and grade_of(b[0])[1] else None,
+        }
+        size = len(embedded(record).encode())
+        if size <= room:
+            room -= size
+            pairs.append(record)
+    return {"steps": steps, "pairs": pairs, "counts": {kind: len(keys) for kind, keys in by_kind.items() if keys}}
+
+
+def by_part(first: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
+    """One score by part of the held-out problems (a difficulty, a source), before and after, ready to print."""
+    rows, best = [], ""
+    for part, scores in (last.get("by") or {}).items():
+        after, before = readings(scores), readings((first.get("by") or {}).get(part, {}))
+        best = best or next((n for n in headline(after) if ACCURACY.match(n)), "")
+        if best in after:
+            a, b = after[best], before.get(best)
+            n = scores[best].get("n") if isinstance(scores[best], Mapping) else None
+            rows.append(
+                {
+                    "part": part.replace("=", " "),
+                    "problems": "-" if n is None else n,
+                    "before": shown(best, b.value) if b else "-",
+                    "after": shown(best, a.value),
+                    "interval": interval(best, a),
+                    "difference": difference(best, b.value, a.value) if b else "-",
+                }
+            )
+    return {"score": label(best), "rows": rows}
+
+
+def charts(metrics: Mapping[str, list[float]], evals: Mapping[str, list[float]]) -> list[dict[str, Any]]:
+    """Every chart that has a number to show; statistics that no chart names get one of their own."""
+
+    def there(key: str) -> bool:
+        return any(math.isfinite(v) for v in metrics.get(key, ()))
+
+    claimed = {"step", "time"}
+    out: list[dict[str, Any]] = []
+    for part, known in PARTS.items():
+        if part == "Did it learn?":
+            out += held_out_charts(part, evals)
+        for chart in known:
+            claimed |= {name for s in chart.series for name in (s.key, s.band)}
+            series = [asdict(s) | {"from": "metrics"} for s in chart.series if there(s.key)]
+            if series:
+                out.append({**asdict(chart), "part": part, "series": series})
+        if part == "Did it learn?":
+            for key in (k for k in metrics if k.startswith("signals/") and there(k)):
+                name = key.removeprefix("signals/")
+                band = f"signals_std/{name}"
+                sentence = f"Mean of the signal {name} over the sampled paths, before weighting" + (
+                    "; the band is one standard deviation between the paths of a group." if there(band) else "."
+                )
+                one = {"key": key, "name": "", "band": band if there(band) else "", "from": "metrics"}
+                out.append(
+                    {
+                        "part": part,
+                        "title": f"Signal: {name}",
+                        "sentence": sentence,
+                        "form": "number",
+                        "noisy": True,
+                        "series": [one],
+                    }
+                )
+    for key in metrics:
+        if key not in claimed and not key.startswith(("signals/", "signals_std/")) and there(key):
+            sentence = "A statistic that this recipe or run adds, as recorded."
+            one = {"key": key, "name": "", "band": "", "from": "metrics"}
+            out.append({"part": "More", "title": key, "sentence": sentence, "form": "number", "noisy": True, "series": [one]})
+    return out
+
+
+def held_out_charts(part: str, evals: Mapping[str, list[float]]) -> list[dict[str, Any]]:
+    """Accuracies of the held-out problems in one chart, every other score in its own."""
+    names = [n for n in evals if n != "step" and ":" not in n and "/" not in n and any(map(math.isfinite, evals[n]))]
+    accuracy = [n for n in headline(names) if ACCURACY.match(n)]
+    out = []
+    if accuracy:
+        sentence = "Share of problems solved that training never sees, with the interval where it was measured."
+        series = [{"key": n, "name": label(n), "band": "", "from": "evals"} for n in accuracy]
+        out.append({"part": part, "title": "Held-out problems", "sentence": sentence, "form": "share", "series": series})
+    for n in names:
+        if not ACCURACY.match(n) and not n.startswith("greedy_"):
+            form = "share" if "%" in shown(n, 0.5) else "number"
+            one = {"key": n, "name": "", "band": "", "from": "evals"}
+            sentence = f"The score {n} of the held-out problems."
+            out.append({"part": part, "title": f"Held out: {label(n)}", "sentence": sentence, "form": form, "series": [one]})
+    return out
+
+
+def ends(column: Iterable[float]) -> tuple[float, float] | None:
+    """The mean of a curve's beginning and of its end: up to ten steps each, at most a fifth of it."""
+    heard = [v for v in column if math.isfinite(v)]
+    if not heard:
+        return None
+    n = max(1, min(10, len(heard) // 5))
+    return statistics.fmean(heard[:n]), statistics.fmean(heard[-n:])
+
+
+def summary(
+    metrics: Mapping[str, list[float]], scores: Sequence[dict[str, Reading]], steps: Sequence[int], counts: Mapping[str, int]
+) -> list[str]:
+    """What happened, in sentences."""
+    told = []
+    if scores:
+        before, after = scores[0], scores[-1]
+        best = next((n for n in after if ACCURACY.match(n)), None)
+        if best and len(scores) > 1 and best in before:
+            b, a = before[best], after[best]
+            told.append(
+                f"On held-out problems {label(best)} went from {shown(best, b.value)} (step {steps[0]}) "
+                f"to {shown(best, a.value)} (step {steps[-1]}), {difference(best, b.value, a.value)}."
+            )
+        elif best:
+            told.append(f"On held-out problems {label(best)} is {shown(best, after[best].value)} at step {steps[-1]}.")
+    if counts:
+        total = sum(counts.values())
+        told.append(f"Of the {total} held-out problems: " + ", ".join(f"{n} {kind}" for kind, n in counts.items()) + ".")
+    reward = ends(metrics.get("reward", ()))
+    if reward:
+        told.append(f"The mean reward of sampled paths went from {reward[0]:.3g} to {reward[1]:.3g} (first and last steps).")
+    length = ends(metrics.get("length", ()))
+    if length and length[0] > 0:
+        more = length[1] / length[0]
+        how = (
+            "about as long as before"
+            if 0.9 < more < 1.1
+            else f"{more:.1f} times as long"
+            if more >= 1
+            else f"{1 / more:.1f} times shorter"
+        )
+        told.append(f"Paths went from {length[0]:.0f} to {length[1]:.0f} tokens, {how}.")
+    live = ends(metrics.get("live", ()))
+    if live:
+        told.append(
+            f"{100 * live[0]:.0f} % of the groups taught something at the start and {100 * live[1]:.0f} % at the end; "
+            "the rest had nothing to compare."
+        )
+    return told
+
+
+def worth_a_look(metrics: Mapping[str, list[float]], scores: Sequence[dict[str, Reading]]) -> list[str]:
+    """Rules of thumb that point at a curve; none of them is a verdict."""
+
+    def at(name: str) -> tuple[float, float] | None:
+        return ends(metrics.get(name, ()))
+
+    told = []
+    abstained = sum(v for v in metrics.get("abstained", ()) if math.isfinite(v))
+    if abstained:
+        told.append(f"{abstained:.0f} paths could not be graded and were left out; look at what the graders said.")
+    if (x := at("truncated")) and x[1] > 0.2:
+        told.append(f"{100 * x[1]:.0f} % of the last paths were cut by the length limit; a longer limit may change the result.")
+    if (x := at("live")) and x[1] < 0.1:
+        told.append(
+            f"Only {100 * x[1]:.0f} % of the last groups were live: the problems are nearly all solved, or nearly all unsolved."
+        )
+    if (x := at("entropy")) and x[0] > 0 and x[1] < 0.1 * x[0]:
+        told.append(f"Entropy fell from {x[0]:.2g} to {x[1]:.2g}: the policy hardly tries anything new.")
+    gap = max((v for v in metrics.get("gap", ()) if math.isfinite(v)), default=0.0)
+    if gap > 0.1:
+        told.append(f"Sampler and trainer once disagreed by {gap:.2g} nats about a token; run `gruppo doctor` on this model.")
+    for name in ("clip_low", "clip_high"):
+        if (x := at(name)) and x[1] > 0.2:
+            told.append(
+                f"{100 * x[1]:.0f} % of the last steps were clipped ({name}); a lower learning rate or fewer updates would help."
+            )
+    updates = metrics.get("updates", ())
+    idle = sum(v == 0 for v in updates)
+    if idle:
+        told.append(f"{idle} of {len(updates)} steps made no update, because no group was live.")
+    reward = at("reward")
+    if len(scores) > 1 and reward and reward[1] > reward[0]:
+        name = next((n for n in scores[-1] if ACCURACY.match(n) and n in scores[0]), None)
+        if name and scores[-1][name].value < scores[0][name].value:
+            told.append(
+                f"The reward rose but {label(name)} on held-out problems fell: the model may satisfy the grader without solving."
+            )
+    return told
+
+
+def versions(settings: Mapping[str, Any]) -> dict[str, str]:
+    """The versions that the run recorded, else those installed where the report is written."""
+    if isinstance(settings.get("versions"), Mapping):
+        return {str(k): str(v) for k, v in settings["versions"].items()}
+    found = {"python": platform.python_version()}
+    for package in ("gruppo", "torch", "transformers", "peft"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def number_table(metrics: Mapping[str, list[float]], rows: int = 25) -> tuple[list[str], list[list[str]]]:
+    """The curves as a table, evenly thinned."""
+    names = [n for n in metrics if n != "time"]
+    n = len(metrics.get("step", ()))
+    at = spread_out(range(n), rows)
+    return names, [[f"{metrics[c][i]:.4g}" if math.isfinite(metrics[c][i]) else "-" for c in names] for i in at]
+
+
+def write_report(folder: Path) -> Path:
+    """Writes `report.html` into a run folder and returns its path."""
+    folder = Path(folder)
+    records = lines(folder / "metrics.jsonl")
+    rated = lines(folder / "evals.jsonl")
+    if not records and not rated:
+        raise GruppoError(f"{folder} has no finished step to report: metrics.jsonl and evals.jsonl are missing or empty")
+    config = folder / "run.yaml"
+    settings_text = config.read_text(encoding="utf-8") if config.exists() else ""
+    settings = yaml.safe_load(settings_text) or {}
+    metrics = columns([dict(flat(r)) for r in records])
+    scores = [readings(r.get("scores", {})) for r in rated]
+    evals = columns(
+        [
+            {"step": float(r["step"])}
+            | {n: s.value for n, s in score.items()}
+            | {f"{n}:{end}": v for n, s in score.items() for end, v in (("low", s.low), ("high", s.high)) if v is not None}
+            for r, score in zip(rated, scores)
+        ]
+    )
+    evaluated = [int(r["step"]) for r in rated]
+    pairs = side_by_side(folder)
+    thin, mean_of = thinned({name: column for name, column in metrics.items() if name != "time"}, POINTS)
+    data = {
+        "metrics": thin,
+        "mean_of": mean_of,
+        "evals": evals,
+        "charts": charts(metrics, evals),
+        "groups": browsable(folder),
+        "pairs": pairs,
+    }
+    tiles = []
+    if scores:
+        for name in headline(scores[-1]):
+            after, before = scores[-1][name], scores[0].get(name) if len(scores) > 1 else None
+            tiles.append(
+                {
+                    "label": label(name),
+                    "before": shown(name, before.value) if before else None,
+                    "before_interval": interval(name, before) if before else "",
+                    "after": shown(name, after.value),
+                    "after_interval": interval(name, after),
+                    "difference": difference(name, before.value, after.value) if before else None,
+                }
+            )
+    times = [t for t in metrics.get("time", ()) if math.isfinite(t)]
+    spent = math.fsum(s for s in metrics.get("seconds", ()) if math.isfinite(s))
+    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    names, rows = number_table(metrics)
+    text = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        name=folder.resolve().name,
+        facts={
+            "recipe": settings.get("recipe"),
+            "world" if settings.get("world") else "model": settings.get("world") or settings.get("model"),
+            "steps": len(records),
+            "ended": datetime.fromtimestamp(times[-1], UTC).strftime("%Y-%m-%d %H:%M UTC") if times else None,
+            "time in steps": duration(spent) if spent else None,
+        },
+        versions=versions(settings),
+        settings_text=settings_text,
+        tiles=tiles,
+        summary=summary(metrics, scores, evaluated, pairs["counts"]),
+        warnings=worth_a_look(metrics, scores),
+        parts=by_part(rated[0], rated[-1]) if rated else {"score": "", "rows": []},
+        words=WORDS,
+        mean_of=mean_of,
+        table_names=names,
+        table_rows=rows,
+        data=embedded(data),
+    )
+    out = folder / "report.html"
+    fresh = folder / "report.html.part"
+    fresh.write_text(text, encoding="utf-8", errors="replace")
+    os.replace(fresh, out)
+    return out
