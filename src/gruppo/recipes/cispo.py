@@ -16,6 +16,11 @@ With one update per rollout every weight is 1 and this is REINFORCE with a group
 
 Hyper-parameters: `low` 1 = no lower bound (paper); high 0.28 and eps 1e-6 from verl, because the paper tunes eps_high without
 printing it; n 16 is our choice.
+
+Cost: as GRPO without a reference.
+
+Not for: one update per rollout, where every bound is out of reach; and data so stale that weights sit at the bound, which
+hides how far the policy has moved (read `clip_high`).
 """
 
 from __future__ import annotations

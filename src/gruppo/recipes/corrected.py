@@ -16,9 +16,11 @@ trainer read every sampled path again before the first update, so that the ratio
 | order | after the min of PPO's clip, before the KL | not said | TRL the same |
 | normalised to mean 1 | no | no | verl optional |
 
-Cost: one more forward pass over every sampled path. On one program, w is 1 and nothing changes but that cost.
+Cost: one more forward pass over every sampled path. Where both are one program, w is 1 and nothing else changes.
 
 Hyper-parameters: those of GRPO; high 2 (verl), 3 (TRL).
+
+Not for: the built-in sampler, whose log-probs agree with the trainer's already (`gruppo doctor` measures the gap).
 """
 
 from __future__ import annotations

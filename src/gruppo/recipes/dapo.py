@@ -23,8 +23,14 @@ length penalty, and optionally no training on truncated paths.
 With one update per rollout the ratios are 1 and the clip does nothing: raise `parts` to 16 for the paper's schedule. Set
 `length` to the run's max_new_tokens and `cache` to about a fifth of it; with a smaller max_new_tokens the penalty never acts.
 
-Hyper-parameters (authors' script): n 16, 512 prompts, lr 1e-6 with 10 warm-up steps, weight decay 0.1, length 20480, cache
-4096, T 1, gradient clip 1.
+Hyper-parameters: n 16, 512 prompts, lr 1e-6 with 10 warm-up steps, weight decay 0.1, length 20480, cache 4096, T 1, gradient
+clip 1 (authors' script).
+
+Cost: sampling. A step draws whole batches until enough groups are undecided, up to `refills` + 1 of them; groups beyond the
+number asked for are sampled in vain. No reference.
+
+Not for: tasks without a right-or-wrong grade, and models that solve nearly all or nearly none of them: the run then stops. The
+training reward is measured on selected groups and says little about ability; read the held-out score.
 """
 
 from __future__ import annotations

@@ -17,6 +17,11 @@ Set `length` to the run's max_new_tokens: it only scales the loss, but the gradi
 
 Hyper-parameters: n 8, 128 prompts, L 3000, lr 1e-6 constant, beta 0, one epoch per batch, T 1 (authors' code, oat).
 low = high = 0.2 is PPO's usual value, which has no effect with one update per batch.
+
+Cost: as GRPO without a reference.
+
+Not for: comparing loss values between runs with different `length`, or batches that mix very easy and very hard prompts and need
+one scale (ScaleRL divides by the batch's).
 """
 
 from __future__ import annotations

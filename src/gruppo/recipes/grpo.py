@@ -14,6 +14,12 @@
 
 Hyper-parameters: n 64, beta 0.04, lr 1e-6, one update per batch (paper). low = high = 0.2 is PPO's usual value; the paper
 names epsilon without one.
+
+Cost: one forward and one backward pass over every path; while beta > 0 one more forward pass for the reference and a second copy
+of the weights (no copy with an adapter).
+
+Not for: answers whose length is free to grow (a long wrong path is pushed down less per step: Dr.GRPO), or tasks that most groups
+solve entirely or not at all (they teach nothing: DAPO's dynamic sampling).
 """
 
 from __future__ import annotations

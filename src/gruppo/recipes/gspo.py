@@ -18,6 +18,11 @@ than PPO's. Before the first update s = 1 and nothing is clipped: the method act
 | KL | none | none mentioned | TRL beta 0 |
 
 Hyper-parameters: low 3e-4, high 4e-4, 4 mini-batches (paper, section 5.1). The paper names no group size; n 8 is TRL's default.
+
+Cost: as GRPO without a reference, with `parts` optimizer steps per rollout.
+
+Not for: fewer than `parts` prompts per step, or one update per rollout, where the ratio is 1 and only the missing KL
+distinguishes it from GRPO.
 """
 
 from __future__ import annotations

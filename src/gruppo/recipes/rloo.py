@@ -16,6 +16,11 @@
 With one update per batch rho is 1 and its gradient is REINFORCE's, so the clip changes nothing until a cadence asks for more.
 
 Hyper-parameters: n 4 (paper: 2 and 4), beta 0.03, lr 1e-6 (paper, as TRL quotes it; TRL's defaults are n 2 and beta 0.05).
+
+Cost: as GRPO, plus one forward pass of the reference over every path before the update (the reward needs it) while beta > 0.
+
+Not for: several updates per batch on long paths: the ratio is a product over all steps and leaves the clip range after a small
+change of each.
 """
 
 from __future__ import annotations

@@ -16,6 +16,11 @@
 | asynchrony, forced endings, fp32 output layer | not part of a recipe | yes | engine's and model's business |
 
 Hyper-parameters: n 16 (paper), bound 5 and eps 1e-4 (TRL's page for the paper).
+
+Cost: as GRPO without a reference.
+
+Not for: steps with few prompts, where the batch's std is as noisy as a group's; and batches of tasks with rewards on different
+scales, which one std cannot serve.
 """
 
 from __future__ import annotations
