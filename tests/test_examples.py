@@ -109,3 +109,32 @@ def test_the_script_runs_from_the_command_line():
     )
     assert done.returncode == 0, done.stderr
     assert "step   1" in done.stdout
+
+
+def test_a_trl_script_runs_here_with_its_functions_and_data_untouched(tmp_path):
+    """Two steps: both functions are signals, and what the async one has nothing to say about does not fail."""
+    script = load("trl_users")
+    run = script.with_gruppo(script.sums(60), 2, str(tmp_path))
+    assert len(run.metrics) == 2
+    assert {"correct", "shows_work"} <= run.metrics[0]["signals"].keys()
+    assert 0 <= run.metrics[0]["signals"]["correct"] <= 1
+    assert run.before is not None
+    assert run.after is not None
+
+
+@pytest.mark.slow
+def test_the_trl_script_learns(tmp_path):
+    script = load("trl_users")
+    metrics = script.with_gruppo(script.sums(2000), 40, str(tmp_path)).metrics
+    first, last = (sum(m["signals"]["correct"] for m in part) / 5 for part in (metrics[:5], metrics[-5:]))
+    assert last > first + 0.25
+
+
+@pytest.mark.parity
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_same_script_runs_with_trl(tmp_path):
+    pytest.importorskip("trl")
+    script = load("trl_users")
+    script.with_trl(script.sums(60), 1, str(tmp_path))
