@@ -52,9 +52,8 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Formulas, needs, deviations and the computed difference of a recipe to its base."""
-    from gruppo.docs import page
     from gruppo.recipe import describe, difference
-    from gruppo.recipes import RECIPES, find
+    from gruppo.recipes import find
 
     entry = find(recipe)
     if as_json:
@@ -73,49 +72,37 @@ def show(
         }
         print(json.dumps(told, indent=1))
         return
-    assert RECIPES
+    from gruppo.docs import page
+
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.markdown import Markdown
 
-        Console().print(Markdown(page(entry)))
+        Console().print(Markdown(page(entry.arxiv)))
     else:
-        print(page(entry))
+        print(page(entry.arxiv))
 
 
-worlds_app = typer.Typer(
-    help="The embedded tasks and their base models.", invoke_without_command=True, pretty_exceptions_enable=False
-)
-app.add_typer(worlds_app, name="worlds")
-
-
-@worlds_app.callback()
-def worlds(context: typer.Context, as_json: Json = False) -> None:
-    """The embedded tasks and their base models."""
-    if context.invoked_subcommand is not None:
-        return
-    from gruppo.worlds import WORLDS
-
-    rows = []
-    for world in WORLDS.values():
-        size = sum(f.stat().st_size for f in world.base.glob("*")) / 2**20 if world.base.is_dir() else 0.0
-        asked = world.held_out(1)[0].prompt
-        text = asked if isinstance(asked, str) else asked[-1]["content"]
-        rows.append({"name": world.name, "about": world.sentence, "base": f"{size:.1f} MB", "example": text.splitlines()[0]})
-    table(rows, as_json)
-
-
-@worlds_app.command()
-def build(
-    name: Annotated[str, typer.Argument(help="The world's name.")],
-    folder: Annotated[Path | None, typer.Option(help="Where to put the model; by default a new folder ./NAME-base.")] = None,
-    seed: int = 0,
+@app.command()
+def worlds(
+    action: Annotated[str | None, typer.Argument(metavar="[build]", help="`build` trains a base model again.")] = None,
+    name: Annotated[str | None, typer.Argument(help="The world to build.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where to put a built model.  [default: ./NAME-base]")] = None,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same model.")] = 0,
+    as_json: Json = False,
 ) -> None:
-    """Train a world's base model again from nothing; the same seed gives the same model."""
+    """The embedded tasks and their base models; `worlds build NAME` trains a base model again from nothing."""
     from gruppo.runs.config import nearest
     from gruppo.types import GruppoError
     from gruppo.worlds import WORLDS
 
+    if action is None:
+        table([world_row(world) for world in WORLDS.values()], as_json)
+        return
+    if action != "build" or name is None:
+        raise GruppoError(
+            f"`gruppo worlds {action}` is nothing; `gruppo worlds` lists them, `gruppo worlds build NAME` builds one"
+        )
     if name not in WORLDS:
         raise GruppoError(f"there is no world {name!r}; {nearest(name, WORLDS)}")
     out = folder or Path(f"{name}-base")
@@ -123,6 +110,14 @@ def build(
         raise GruppoError(f"{out} exists and is not empty; nothing was overwritten, choose another --folder")
     WORLDS[name].build(out, seed, print)
     print(f"saved {out}")
+
+
+def world_row(world: Any) -> dict[str, str]:
+    """A world's line in the table."""
+    size = sum(f.stat().st_size for f in world.base.glob("*")) / 2**20 if world.base.is_dir() else 0.0
+    asked = world.held_out(1)[0].prompt
+    text = asked if isinstance(asked, str) else asked[-1]["content"]
+    return {"name": world.name, "about": world.sentence, "base": f"{size:.1f} MB", "example": text.splitlines()[0]}
 
 
 @app.command()
@@ -322,10 +317,10 @@ def sft(
 def record(recipe: Annotated[str, typer.Argument(help="arXiv id or nickname, or `all`.")]) -> None:
     """Train a recipe's tiny golden run again and write its curve into the repository."""
     from gruppo.recipes import RECIPES, find
-    from gruppo.recipes.golden import record as write
+    from gruppo.recipes.golden import write
 
     for entry in RECIPES.values() if recipe == "all" else [find(recipe)]:
-        print(write(entry))
+        print(write(entry.arxiv))
 
 
 def say(sentence: str) -> None:

@@ -17,10 +17,11 @@ import torch
 
 from gruppo.recipe import Column, Recipe, Signal, describe
 from gruppo.recipes import RECIPES, Entry, find, recipe
+from gruppo.recipes.golden import CURVES
 from gruppo.types import Batch, Path, Steps
 
 ROOT = pathlib.Path(__file__).parents[2]  # of a checkout; an installed package has neither tests nor docs beside it
-GOLDEN, TESTS, PAGES = ROOT / "tests" / "golden", ROOT / "tests" / "recipes", ROOT / "docs" / "recipes"
+TESTS, PAGES = ROOT / "tests" / "recipes", ROOT / "docs" / "recipes"
 
 STATISTICS = {
     "loss": "the objective as it is minimised. About 0 before the first update of a rollout, because advantages cancel; its "
@@ -130,7 +131,7 @@ def home(entry: Entry) -> set[str]:
 
 def curve(entry: Entry) -> dict[str, Any] | None:
     """The recorded run, where this is a checkout that has one."""
-    file = GOLDEN / f"{entry.nickname}.json"
+    file = CURVES / f"{entry.nickname}.json"
     return json.loads(file.read_text()) if file.exists() else None
 
 
@@ -200,8 +201,8 @@ def recorded(entry: Entry, run: dict[str, Any]) -> str:
     numbers = ", ".join(f"{k} {v}" for k, v in run["numbers"].items())
     return (
         f"{len(steps)} steps on the synthetic task of `gruppo.recipes.golden` ({numbers}; {run['prompts']} prompts per step, "
-        f"plain gradient descent at {run['rate']}), share of right answers. A toy that guards the numbers, not a benchmark: curves of "
-        f"two recipes must not be compared. `gruppo record {entry.nickname}` repeats it.\n\n"
+        f"plain gradient descent at {run['rate']}), share of right answers. A toy that guards the numbers, not a "
+        f"benchmark: curves of two recipes must not be compared. `gruppo record {entry.nickname}` repeats it.\n\n"
         f"![share of right answers]({entry.nickname}.svg)\n\n" + table(("step", *keys), rows)
     )
 

@@ -6,14 +6,13 @@ learn the rest in twenty steps of plain gradient descent. Plain, because Adam di
 rounding noise in a near-zero gradient into a full step: the curve would differ from machine to machine.
 
     record("gspo")                                  -> {"recipe": ..., "steps": [{"reward": ..., "loss": ..., ...}, ...]}
-    python -m gruppo.recipes.golden tests/golden    writes every curve again
+    gruppo record gspo                              writes tests/golden/gspo.json again; `gruppo record all` every curve
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,10 +22,11 @@ import torch
 from gruppo.graders.grade import Grading
 from gruppo.policies.token import TokenPolicy
 from gruppo.recipe import Recipe
-from gruppo.recipes import RECIPES, find, recipe
+from gruppo.recipes import find, recipe
 from gruppo.train import Iteration, iterate
-from gruppo.types import Group, Reference, Task
+from gruppo.types import Group, GruppoError, Reference, Task
 
+CURVES = pathlib.Path(__file__).parents[3] / "tests" / "golden"
 SIGNS, LETTERS = "<>", "abcdefghijklmnop"
 STEPS, PROMPTS, LONGEST, RATE = 20, 6, 8, 0.2
 
@@ -161,17 +161,16 @@ def record(name: str, steps: int = STEPS) -> dict[str, Any]:
     return {"recipe": entry.nickname, "numbers": dict(entry.tiny), "prompts": PROMPTS, "rate": RATE, "steps": rows}
 
 
-def write(name: str, folder: pathlib.Path) -> pathlib.Path:
-    """Record one curve into `folder`/<nickname>.json."""
+def write(name: str, folder: pathlib.Path = CURVES) -> pathlib.Path:
+    """Record one curve, on one thread, into `folder`/<nickname>.json."""
+    if not folder.is_dir():
+        raise GruppoError(f"recorded curves belong to a checkout of gruppo, and there is no folder {folder}")
     path = folder / f"{find(name).nickname}.json"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     curve = record(name)
+    torch.set_num_threads(threads)
     steps = ",\n".join("  " + json.dumps(row) for row in curve["steps"])
     head = json.dumps({k: v for k, v in curve.items() if k != "steps"})
     path.write_text(f'{head[:-1]}, "steps": [\n{steps}\n]}}\n')
     return path
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for nickname in sys.argv[2:] or [e.nickname for e in RECIPES.values()]:
-        print(write(nickname, pathlib.Path(sys.argv[1])))
