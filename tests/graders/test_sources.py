@@ -54,8 +54,8 @@ def test_a_class_by_name_is_made(folder) -> None:
     ("source", "sentence"),
     [
         (
-            "my_rewards:correctt",
-            r"has no 'correctt' \(did you mean 'correct'\?\); it has: correct, groupwise, Made, Needy",
+            "my_rewards:corrects",
+            r"has no 'corrects' \(did you mean 'correct'\?\); it has: correct, groupwise, Made, Needy",
         ),
         ("my_reward:correct", r"there is no module 'my_reward'"),
         ("gone.py:correct", r"there is no file 'gone.py'"),
