@@ -177,8 +177,8 @@ def name_of_reward(reward: Any) -> str:
     """The name by which a resumed run finds a reward again, or `<name>` where only Python can give it."""
     if isinstance(reward, (str, Path)):
         return str(reward)
-    module, name = getattr(reward, "__module__", None), getattr(reward, "__qualname__", None)
-    importable = module and name and name.isidentifier() and module != "__main__"
+    module, name = str(getattr(reward, "__module__", "")), str(getattr(reward, "__qualname__", ""))
+    importable = name.isidentifier() and module != "__main__"
     if importable and getattr(sys.modules.get(module), name, None) is reward:
         return f"{module}:{name}"
     return f"<{name or type(reward).__name__}>"

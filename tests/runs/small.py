@@ -59,7 +59,7 @@ def files(folder: Path, family: str = "qwen3") -> dict[str, Any]:
         "folder": str(folder / "runs"),
         "policy": {"max_new_tokens": 6, "threads": 1, "device": "cpu"},
         "fit": {"steps": 4, "prompts_per_step": 3, "paths_per_prompt": 4, "learning_rate": 1e-3},
-        "eval": {"tasks": 4, "samples": 2},
+        "eval": {"tasks": 2, "samples": 2, "greedy": False},
         "track": {"report": False, "save_every": 0, "groups_every": 2},
     }
 

@@ -94,7 +94,8 @@ CASES: dict[str, dict[str, Any]] = {
     "adapter": {"policy": {"lora": {"rank": 2, "alpha": 4}}},
     "schedule": {"fit": {"warmup_steps": 7, "decay_to": 0.1, "epochs": 2, "updates_per_epoch": 2, "weight_decay": 0.01}},
     "bfloat16": {"policy": {"dtype": "bfloat16"}},
-    "evaluated": {"eval": {"every": 2}},
+    "evaluated": {"eval": {"every": 2, "greedy": True}},
+    "abstaining": {},
     "refilling": {"recipe": "dapo", "recipe_args": {"length": 8, "cache": 2}},
 }
 
@@ -107,8 +108,14 @@ def test_ten_steps_are_five_and_five(tmp_path: Path, case: str) -> None:
             "def correct(completions, **_): return [float(any(c in 'aeiou0123' for c in t)) for t in completions]"
         )
         changes["rewards"] = [f"{tmp_path / 'binary.py'}:correct"]
+    if case == "abstaining":
+        (tmp_path / "shy.py").write_text(
+            "def shy(completions, **_): return [None if t[:1] > 'a' else float(len(t)) for t in completions]"
+        )
+        changes["rewards"] = [f"{tmp_path / 'shy.py'}:shy"]
     whole = session(tmp_path, name="whole", **changes)
     whole.run(Quiet())
+    assert (case == "abstaining") == bool(whole.stages[0].grade.abstained.total())
     with pytest.raises(Killed):
         session(tmp_path, name="broken", **changes).run(kill_at(7))
     resumed = Session.resume(tmp_path / "runs" / "broken", say=silent)

@@ -32,7 +32,7 @@ class Lora(Section):
     """A low-rank adapter by peft instead of full fine-tuning."""
 
     rank: int = Field(16, ge=1)
-    alpha: float = Field(32, gt=0)
+    alpha: float = Field(32.0, gt=0)
     targets: str | list[str] = "all-linear"
     merge: bool = False  # checkpoints and the final model hold the merged weights beside the adapter
 
@@ -149,11 +149,11 @@ class RunConfig(Section):
     only: dict[str, list[Cell] | Cell] | None = None  # keep only the tasks whose column has (one of) these values
     rewards: list[str] = []  # module:function, file.py:function, or the folder of a reward model
     weights: dict[str, float] | list[float] = {}  # by signal, or one per reward
-    policy: PolicySection = PolicySection()
+    policy: PolicySection = PolicySection.model_construct()
     fit: FitSection = FitSection.model_construct()
     stages: list[Stage] = []
-    eval: EvalSection = EvalSection()
-    track: TrackSection = TrackSection()
+    eval: EvalSection = EvalSection.model_construct()
+    track: TrackSection = TrackSection.model_construct()
     name: str | None = None
     folder: str = "runs"
 

@@ -85,7 +85,8 @@ class Session:
     def __init__(self, config: RunConfig, folder: RunFolder, given: Given, say: Callable[[str], None]) -> None:
         self.folder, self.given, self.say = folder, given, say
         self.config = config
-        self.step, self.best, self.seconds = 0, None, 0.0
+        self.step, self.seconds = 0, 0.0
+        self.best: dict[str, Any] | None = None  # step, metric and score of the best held-out evaluation
         torch.set_num_threads(config.policy.threads or 1)
         self.policy = build_policy(config, given, folder)
         self.tasks, self.held_out = self._data()
@@ -108,7 +109,7 @@ class Session:
         """A run in a folder of its own, checked up to the first graded group; nothing is left behind when a check fails."""
         given = given or Given()
         config = resolve(config, given, say)
-        folder = RunFolder.create(Path(config.folder), config.name or default_name(config), numbered=config.name is None)
+        folder = RunFolder.create(Path(config.folder), config.name or default_name(config, given), numbered=config.name is None)
         try:
             config, given = keep_objects(config, given, folder, say)
             session = Session(config, folder, given, say)
@@ -427,8 +428,8 @@ class Session:
         except GruppoError as error:
             steps = self.folder.steps()
             raise GruppoError(f"{error} (the last complete checkpoint is of step {steps[-1] if steps else 'none'})") from error
-        best = self.best and self.best["step"]
-        if self.best and best == self.step:
+        best = None if self.best is None else int(self.best["step"])
+        if best == self.step:
             self.folder.write("checkpoints/best.json", json.dumps(self.best))
         self.folder.prune(self.config.track.keep_last, best)
 
@@ -590,9 +591,9 @@ def absolute_reward(reward: str) -> str:
     return absolute(reward) or reward
 
 
-def default_name(config: RunConfig) -> str:
+def default_name(config: RunConfig, given: Given) -> str:
     """`grpo-arithmetic`, `dapo-problems`: the recipe and what it trains on."""
-    nickname = "recipe" if config.recipe == RECIPE_FILE else find(config.recipe).nickname
+    nickname = "recipe" if given.recipe is not None or config.recipe == RECIPE_FILE else find(config.recipe).nickname
     about = config.world or (Path(config.data).stem if config.data else "data")
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in f"{nickname}-{about}")
 

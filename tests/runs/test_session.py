@@ -1,0 +1,293 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet
+import pytest
+import torch
+from tests.runs.small import Quiet, config, files, rows, session, silent, write_rows
+from tests.tiny import FAMILIES, tiny_folder, tiny_model, tiny_tokenizer
+
+from gruppo.policies.load import load_model, load_tokenizer
+from gruppo.recipe import Column, Signal
+from gruppo.recipes import recipe
+from gruppo.runs.config import validate
+from gruppo.runs.session import Given, Session, headline, rate_of
+from gruppo.types import GruppoError
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([[20, 21, 22, 23, 24, 9]])).logits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_full_run_leaves_a_plain_folder_with_the_trained_logits(tmp_path: Path, family: str) -> None:
+    from transformers import AutoModelForCausalLM
+
+    run = session(tmp_path, family, fit={"steps": 2})
+    run.run(Quiet())
+    folder = run.folder.checkpoint(2)
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(again), logits(run.policy.model))
+    assert not torch.equal(logits(again), logits(tiny_model(family)))
+    assert load_tokenizer(folder)("2+2=")["input_ids"] == tiny_tokenizer()("2+2=")["input_ids"]
+    assert (folder / "generation_config.json").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_adapter_run_leaves_an_adapter_that_peft_loads_and_its_merged_model(tmp_path: Path, family: str) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run = session(tmp_path, family, fit={"steps": 2, "learning_rate": 1e-2}, policy={"lora": {"rank": 2, "merge": True}})
+    trained = sum(p.numel() for p in run.policy.parameters())
+    assert 0 < trained < 0.2 * sum(p.numel() for p in run.policy.model.parameters())
+    run.run(Quiet())
+    folder = run.folder.checkpoint(2)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert not torch.allclose(logits(base), logits(run.policy.model), atol=1e-4)
+    assert torch.equal(logits(PeftModel.from_pretrained(base, folder)), logits(run.policy.model))
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(folder / "merged")), logits(run.policy.model))
+    torch.testing.assert_close(logits(load_model(folder)), logits(run.policy.model))
+
+
+def test_the_adapter_starts_as_the_seed_says_and_the_global_generator_is_left_alone(tmp_path: Path) -> None:
+    changes = {"policy": {"lora": {"rank": 2}}}
+    before = torch.get_rng_state()
+    one, two = (session(tmp_path, **changes).policy.model.state_dict() for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("setting", [{"autocast": True}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
+def test_the_policy_settings_train(tmp_path: Path, setting: dict[str, Any]) -> None:
+    run = session(tmp_path, policy=setting, fit={"steps": 1})
+    run.run(Quiet())
+    assert not torch.equal(logits(run.policy.model).float(), logits(tiny_model()))
+
+
+def test_a_run_writes_the_files_it_promises(tmp_path: Path) -> None:
+    run = session(tmp_path, name="mine")
+    before, after = run.run(Quiet())
+    found = {str(p.relative_to(run.folder.path)) for p in run.folder.path.rglob("*") if p.is_file()}
+    wanted = {"run.yaml", "metrics.jsonl", "evals.jsonl", "checkpoints/best.json", "checkpoints/step-000004/state.pt"}
+    wanted |= {f"groups/step-{n:06d}.parquet" for n in (1, 2, 4)} | {f"evals/step-{n:06d}.parquet" for n in (0, 4)}
+    assert wanted <= found
+    assert not [name for name in found if ".partial" in name]
+    assert before is not None
+    assert after is not None
+    assert before.keys() == after.keys()
+    record = run.folder.records(run.folder.metrics)[-1]
+    named = (
+        "step time seconds lr reward reward_std live zero_variance length truncated abstained signals signals_std length_correct "
+        "length_wrong tokens tokens_per_s updates loss ratio clip_low clip_high entropy kl grad_norm"
+    )
+    assert set(named.split()) <= set(record)
+    assert len(pyarrow.parquet.read_table(run.folder.path / "groups" / "step-000002.parquet")) == 12
+
+
+def test_the_best_checkpoint_by_held_out_score_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.1, 0.7, 0.5, 0.6, 0.2])
+    monkeypatch.setattr("gruppo.runs.session.headline", lambda found: ("mean@2", next(scores)))
+    run = session(tmp_path, eval={"every": 1}, track={"keep_last": 1, "save_every": 1})
+    run.run(Quiet())
+    assert run.folder.steps() == [1, 4]
+    assert json.loads((run.folder.checkpoints / "best.json").read_text()) == {"step": 1, "metric": "mean@2", "score": 0.7}
+
+
+def broken(tmp_path: Path, **changes: Any) -> str:
+    with pytest.raises(GruppoError) as error:
+        session(tmp_path, **changes)
+    runs = tmp_path / "runs"
+    assert not runs.exists() or not list(runs.iterdir()), "a refused run left something behind"
+    return str(error.value)
+
+
+def test_data_without_a_prompt_column_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "bad.jsonl", [{"question": "2+2"}])
+    assert "has no column 'prompt' (row 0 has: question)" in broken(tmp_path, data=str(file))
+
+
+def test_a_long_prompt_is_refused_before_step_0(tmp_path: Path) -> None:
+    file = write_rows(tmp_path / "long.jsonl", [*rows(20), {"prompt": "1" * 300}])
+    said = broken(tmp_path, data=str(file))
+    assert "the prompt in row 20 of" in said
+    assert "has 300 tokens" in said
+    assert "this model has 256 positions" in said
+
+
+def test_a_tokenizer_without_eos_is_refused(tmp_path: Path) -> None:
+    tiny_folder(tmp_path / "endless", eos=False)
+    assert "names an end-of-sequence token, so a completion could never end" in broken(tmp_path, model=str(tmp_path / "endless"))
+
+
+def test_a_model_that_is_nowhere_is_refused(tmp_path: Path) -> None:
+    assert "the model folder /nowhere/model does not exist" in broken(tmp_path, model="/nowhere/model")
+
+
+def test_a_hub_id_that_cannot_be_loaded_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("We couldn't connect to the hub\nand more lines")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", offline)
+    said = broken(tmp_path, model="someone/some-model")
+    assert said == (
+        "cannot load 'someone/some-model' from the hub, and there is no folder of that name here: We couldn't connect to the hub"
+    )
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert "is not a transformers model folder: it holds no config.json" in broken(tmp_path, model=str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("return [1.0]", "returned 1 rewards for 2 completions"),
+        ("return [float('nan')] * len(completions)", None),
+        ("raise KeyError('solution')", "KeyError: 'solution'"),
+        ("return None", "NoneType"),
+        ("return ['good'] * len(completions)", "good"),
+    ],
+)
+def test_a_broken_reward_is_refused_before_step_0(tmp_path: Path, body: str, sentence: str | None) -> None:
+    (tmp_path / "mine.py").write_text(f"def mine(completions, **columns):\n    {body}\n")
+    changes = {"rewards": [f"{tmp_path / 'mine.py'}:mine"]}
+    if sentence is not None:
+        assert sentence in broken(tmp_path, **changes)
+        return
+    with pytest.raises(GruppoError, match=r"step 1: .*every reward abstained"):
+        session(tmp_path, **changes).run(Quiet())
+
+
+def test_a_signal_that_the_recipe_needs_and_nobody_gives_is_refused(tmp_path: Path) -> None:
+    needy = replace(recipe("grpo", n=4), needs=(Signal("process", "gates the outcome"),))
+    with pytest.raises(GruppoError, match=r"reads the signal 'process' \(gates the outcome\), but .* give only: vowels, reward"):
+        Session.new(config(tmp_path), Given(recipe=needy), silent)
+
+
+def test_a_column_that_the_recipe_needs_and_the_data_lack_is_refused(tmp_path: Path) -> None:
+    needy = replace(recipe("grpo", n=4), needs=(Column("hints"),))
+    with pytest.raises(GruppoError, match="reads the column 'hints', but the tasks have only: answer, difficulty, prompt"):
+        Session.new(config(tmp_path), Given(recipe=needy), silent)
+
+
+def test_a_sampler_that_disagrees_with_the_trainer_is_refused_before_step_0(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gruppo.policies.token import TokenPolicy
+
+    right: Callable[..., Any] = TokenPolicy._choose
+    monkeypatch.setattr(TokenPolicy, "_choose", lambda self, x, t, g: right(self, x, 1.0 if t else t, g))  # drops temperature
+    with pytest.raises(GruppoError, match=r"log-probabilities of the same tokens differ by .* before step 0"):
+        session(tmp_path, policy={"temperature": 0.7})
+
+
+def poison(run: Session) -> None:
+    with torch.no_grad():
+        run.policy.model.model.layers[1].mlp.up_proj.weight[3, 5] = float("nan")
+
+
+def test_nan_weights_stop_the_run_and_save_what_the_step_was_working_on(tmp_path: Path) -> None:
+    run = session(tmp_path, name="mine", track={"save_every": 1})
+    with pytest.raises(GruppoError) as error:
+        run.run(Quiet(lambda step: poison(run) if step == 2 else None))
+    said = str(error.value)
+    assert said.startswith("step 3: the model's log-probability is not finite at step 0 of sampling")
+    assert "1 weights of the model are not finite, the first in model.layers.1.mlp.up_proj.weight" in said
+    assert "the last good checkpoint is" in said
+    prompts = json.loads((run.folder.path / "broken" / "step-000003.json").read_text())
+    assert len(prompts) == 3
+    assert {"prompt", "answer", "difficulty"} <= set(prompts[0])
+
+
+def test_a_gradient_that_is_not_finite_saves_the_groups(tmp_path: Path) -> None:
+    run = session(tmp_path, name="mine")
+    head = run.policy.model.model.norm.weight
+    head.register_hook(lambda grad: grad * float("nan"))
+    before = head.detach().clone()
+    with pytest.raises(GruppoError, match=r"step 1: .*no optimizer step was taken.*saved in .*broken/step-000001\.parquet"):
+        run.run(Quiet())
+    assert torch.equal(head, before)
+    assert len(pyarrow.parquet.read_table(run.folder.path / "broken" / "step-000001.parquet")) == 12
+
+
+def test_a_full_disk_at_a_checkpoint_names_the_last_good_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import errno
+
+    run = session(tmp_path, track={"save_every": 1})
+    right = torch.save
+
+    def fill(state: dict[str, Any], file: Path) -> None:
+        if state["step"] == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        right(state, file)
+
+    monkeypatch.setattr("gruppo.runs.folder.torch.save", fill)
+    with pytest.raises(GruppoError, match=r"the disk is full: .*step-000003 could not.*last complete checkpoint is of step 2"):
+        run.run(Quiet())
+    assert run.folder.steps()[-1] == 2
+
+
+def test_the_models_own_sampling_settings_are_ignored_aloud(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.8, top_k=20)
+    files(tmp_path)
+    model.save_pretrained(tmp_path / "model")
+    said = session(tmp_path).facts()["note"]
+    assert said.startswith("the model's generation_config asks for temperature 0.6, top_p 0.8, top_k 20; it is ignored")
+    assert "note" not in session(tmp_path, model=str(tiny_folder(tmp_path / "plain"))).facts()
+
+
+def test_warm_up_rises_to_the_rate_and_the_cosine_ends_at_its_fraction() -> None:
+    mine = {"model": "m", "data": "d", "rewards": ["r:f"]}
+    rate = rate_of(validate({**mine, "fit": {"steps": 10, "learning_rate": 1.0, "warmup_steps": 4}}), 0)
+    assert [rate(k) for k in (1, 2, 4, 5, 10)] == [0.25, 0.5, 1.0, 1.0, 1.0]
+    down = rate_of(validate({**mine, "fit": {"steps": 10, "learning_rate": 1.0, "warmup_steps": 2, "decay_to": 0.2}}), 5)
+    assert down(7) == 1.0
+    assert down(11) == pytest.approx(0.6)
+    assert down(15) == pytest.approx(0.2)
+
+
+def test_the_rate_reaches_the_optimizer_and_the_record(tmp_path: Path) -> None:
+    shown = Quiet()
+    run = session(tmp_path, fit={"warmup_steps": 4, "learning_rate": 4e-4})
+    run.run(shown)
+    assert [r["lr"] for r in shown.records] == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4])
+    assert run.optimizer.param_groups[0]["lr"] == pytest.approx(4e-4)
+
+
+def test_epochs_and_updates_multiply(tmp_path: Path) -> None:
+    shown = Quiet()
+    session(tmp_path, fit={"steps": 1, "epochs": 2, "updates_per_epoch": 3}).run(shown)
+    assert shown.records[0]["updates"] == 6
+
+
+def test_the_evaluation_leaves_the_training_alone(tmp_path: Path) -> None:
+    one, two = (session(tmp_path, eval={"every": every}) for every in (0, 1))
+    one.run(Quiet())
+    two.run(Quiet())
+    assert torch.equal(logits(one.policy.model), logits(two.policy.model))
+
+
+def test_checkpoints_are_compared_by_sampled_accuracy_first() -> None:
+    from gruppo.runs.evaluate import Evaluation, Score
+
+    score = {name: Score(value, 0.0, 1.0, 4) for name, value in (("greedy", 0.5), ("reward", 0.9), ("mean@4", 0.3))}
+    assert headline(Evaluation(score)) == ("mean@4", 0.3)
+    assert headline(Evaluation({"reward": score["reward"]})) == ("reward", 0.9)
+
+
+def test_held_out_rows_are_never_trained_on(tmp_path: Path) -> None:
+    run = session(tmp_path, fit={"steps": 4, "prompts_per_step": 20}, eval={"tasks": 100, "share": 0.2})
+    held = {t.prompt for t in run.held_out}
+    assert len(held) == 8
+    assert not held & {t.prompt for t in run.stream.take(64)}
