@@ -211,9 +211,9 @@ def test_held_out_problems_are_compared_by_their_greedy_path(tmp_path: Path) -> 
         best = [row(step, 4 + i, 0, asked[i], f"greedy {step}", {"correct": float(c)}, 0.0) for i, c in enumerate(greedy)]
         write(tmp_path / f"evals/step-{step:06d}.parquet", samples + best)
     found = side_by_side(tmp_path)
-    assert found["counts"] == {"wrong to right": 1, "right to wrong": 1, "wrong both times": 1, "right both times": 1}
+    assert found["counts"] == {"became right": 1, "became wrong": 1, "stayed wrong": 1, "stayed right": 1}
     pair = found["pairs"][0]
-    assert (pair["kind"], pair["prompt"], pair["answer"]) == ("wrong to right", asked[0][0], asked[0][2])
+    assert (pair["kind"], pair["prompt"], pair["answer"]) == ("became right", asked[0][0], asked[0][2])
     assert (pair["before"]["text"], pair["after"]["text"]) == ("greedy 0", "greedy 9")
     assert pair["right"] == [[1, 2], [1, 2]]
 

@@ -151,6 +151,13 @@ WORDS = {
     "interval": "The range that holds the true score with 95 % confidence, as far as the number of problems allows.",
 }
 
+HELD_OUT = {
+    "format": "Share of the completions of held-out problems that have the asked form.",
+    "length": "Mean tokens of a completion of a held-out problem.",
+    "reward": "Mean reward on held-out problems.",
+    "truncated": "Share of the completions of held-out problems that the length limit cut.",
+}
+
 ACCURACY = re.compile(r"^(greedy|mean|sampled|correct|accuracy|majority)$|^(pass|maj|majority|mean)@\d+$")
 
 
@@ -370,18 +377,18 @@ def kind_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     if not graded:
         return "reward rose" if a > b else "reward fell" if a < b else "reward unchanged"
     return {
-        (False, True): "wrong to right",
-        (True, False): "right to wrong",
-        (False, False): "wrong both times",
-        (True, True): "right both times",
+        (False, True): "became right",
+        (True, False): "became wrong",
+        (False, False): "stayed wrong",
+        (True, True): "stayed right",
     }[b > 0.5, a > 0.5]
 
 
 KINDS = (
-    "wrong to right",
-    "right to wrong",
-    "wrong both times",
-    "right both times",
+    "became right",
+    "became wrong",
+    "stayed wrong",
+    "stayed right",
     "reward rose",
     "reward fell",
     "reward unchanged",
@@ -522,10 +529,10 @@ def held_out_charts(part: str, evals: Mapping[str, list[float]]) -> list[dict[st
         series = [{"key": n, "name": label(n), "band": "", "from": "evals"} for n in accuracy]
         out.append({"part": part, "title": "Held-out problems", "sentence": sentence, "form": "share", "series": series})
     for n in names:
-        if not ACCURACY.match(n) and not n.startswith("greedy_"):
+        if not ACCURACY.match(n) and not n.startswith("greedy_") and any(evals[n]):
             form = "share" if "%" in shown(n, 0.5) else "number"
             one = {"key": n, "name": "", "band": "", "from": "evals"}
-            sentence = f"The score {n} of the held-out problems."
+            sentence = HELD_OUT.get(n, f"The score {n} of the held-out problems, as recorded.")
             out.append({"part": part, "title": f"Held out: {label(n)}", "sentence": sentence, "form": form, "series": [one]})
     return out
 
@@ -675,7 +682,7 @@ def write_report(folder: Path) -> Path:
     }
     tiles = []
     if scores:
-        for name in headline(scores[-1]):
+        for name in (n for n in headline(scores[-1]) if n != "truncated" or scores[-1][n].value > 0):
             after, before = scores[-1][name], scores[0].get(name) if len(scores) > 1 else None
             tiles.append(
                 {
@@ -698,7 +705,7 @@ def write_report(folder: Path) -> Path:
             "world" if settings.get("world") else "model": settings.get("world") or settings.get("model"),
             "steps": len(records),
             "ended": datetime.fromtimestamp(times[-1], UTC).strftime("%Y-%m-%d %H:%M UTC") if times else None,
-            "time in steps": duration(spent) if spent else None,
+            "training time": duration(spent) if spent else None,
         },
         versions=versions(settings),
         settings_text=settings_text,

@@ -269,10 +269,13 @@ class Show:
 
     def start(self, settings: Mapping[str, Any], derived: Mapping[str, Any]) -> None:
         """The resolved settings, and what follows from them, before anything is sampled."""
-        rows = [*settings_rows(settings), *((k, f"{v}   (derived)") for k, v in settings_rows(derived))]
-        width = max((len(k) for k, _ in rows), default=0)
-        for name, value in rows:
-            self._line(f"  {name:<{width}}  {value}", style=None if self.plain else "dim")
+        parts = {"settings": list(settings_rows(settings)), "what follows from them": list(settings_rows(derived))}
+        width = max((len(k) for rows in parts.values() for k, _ in rows), default=0)
+        for part, rows in parts.items():
+            if rows:
+                self._line(part, style=None if self.plain else "bold")
+            for name, value in rows:
+                self._line(f"  {name:<{width}}  {value}", style=None if self.plain else "dim")
         self.began = time.monotonic()
         if not self.plain:
             atexit.register(self.stop)  # a crash between two steps must not leave the cursor hidden
@@ -312,7 +315,7 @@ class Show:
         """One line of held-out scores."""
         found = readings(scores)
         told = []
-        for name in headline(found):
+        for name in (n for n in headline(found) if re.fullmatch(r"greedy|mean(@\d+)?|format|length", n)):
             r = found[name]
             told.append(f"{label(name)} {shown(name, r.value)}" + (f" ({i})" if (i := interval(name, r)) else ""))
         self._line(f"held out, step {step}:  " + "  ".join(told), style=None if self.plain else "bold")
