@@ -1,0 +1,622 @@
+"""Measures on a person's own model what training relies on, and says in a sentence what is broken.
+
+Nothing here is a promise read from a configuration: the ratio before the first update, the agreement of sampler and trainer,
+the end tokens, the chat template and the gradient's independence of the block size are measured with the given weights on
+the given machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gruppo.core.collate import collate
+from gruppo.core.reduce import weigh
+from gruppo.policies.reference import AdapterOff
+from gruppo.recipe import Recipe
+from gruppo.runs.threads import choose
+from gruppo.train import accumulate
+from gruppo.types import Batch, Group, GruppoError, Path, Steps, Task
+
+Verdict = Literal["ok", "note", "warn", "fail"]
+TEXTS = (
+    "What is 2 + 3?",
+    "List three colours and say which of them you would paint a door with.",
+    "Hi",
+    "A train leaves at 9:40 and arrives at 11:05. How many minutes does it travel? Think before you answer.",
+)
+TEMPERATURE = 0.7  # at 1 a forgotten temperature would go unseen
+MB = 2**20
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing measured: the number, the limit it was held against, and what it means."""
+
+    name: str
+    verdict: Verdict
+    sentence: str
+    value: float | int | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """All checks, the memory that the planned run needs in MB, and the versions at work."""
+
+    checks: list[Check]
+    memory: dict[str, float] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def failed(self) -> list[Check]:
+        """The checks whose invariant broke."""
+        return [c for c in self.checks if c.verdict == "fail"]
+
+    def __getitem__(self, name: str) -> Check:
+        return next(c for c in self.checks if c.name == name)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON: NaN and infinities become None."""
+        checks = [{k: _finite(v) for k, v in asdict(c).items()} for c in self.checks]
+        return {"healthy": not self.failed, "checks": checks, "memory_mb": self.memory, "versions": self.versions}
+
+    def lines(self) -> list[str]:
+        """What to print."""
+        out = ["  ".join(f"{name} {v}" for name, v in self.versions.items())]
+        out += [f"{c.verdict:>4}  {c.name}: {c.sentence}" for c in self.checks]
+        if self.failed:
+            out.append(f"{len(self.failed)} of {len(self.checks)} checks failed; training on this model would be silently wrong")
+        return out
+
+
+def main(model: str | None, as_json: bool) -> int:
+    """Examine a model folder, or the embedded arithmetic model; 1 when an invariant broke, else 0."""
+    from gruppo.policies.load import load_model, load_tokenizer
+    from gruppo.policies.token import TokenPolicy
+    from gruppo.runs.config import FitSection, PolicySection, assemble
+
+    prompts: Sequence[Any] | None = None
+    if model is None:
+        from gruppo.worlds import WORLDS
+
+        world = WORLDS["arithmetic"]
+        planned = assemble({"world": "arithmetic"}).model_dump()
+        source: Any = world.base
+        prompts = [t.prompt for t in world.held_out(8)]
+    else:
+        source = model
+        planned = {"policy": PolicySection.model_construct().model_dump(), "fit": FitSection.model_construct().model_dump()}
+    settings = planned["policy"]
+    policy = TokenPolicy(load_model(source), load_tokenizer(source), max_new=settings["max_new_tokens"])
+    found = doctor(policy, None, planned, prompts=prompts)
+    print(json.dumps(found.as_dict(), indent=1, allow_nan=False) if as_json else "\n".join(found.lines()))
+    return 1 if found.failed else 0
+
+
+def doctor(
+    policy: Any,
+    recipe: Recipe | None = None,
+    planned: Mapping[str, Any] | None = None,
+    *,
+    prompts: Sequence[Any] | None = None,
+    rng: torch.Generator | None = None,
+) -> Report:
+    """Measure every invariant on this policy; its weights, gradients and settings are left as they were found.
+
+    `recipe` lends its loss and reduction to the gradient checks (GRPO without KL by default). `planned` holds the sections
+    "policy" and "fit" of the run's settings for the memory estimate. `prompts` should be like those of the run.
+    """
+    rng = torch.Generator().manual_seed(0) if rng is None else rng
+    prompts = _prompts(policy, prompts)
+    checks = [threads(policy), *ends(policy, prompts[0], rng), *template(policy)]
+    with _untouched(policy):
+        began = time.perf_counter()
+        paths = _sample(policy, prompts, rng)
+        sampling = sum(map(len, paths)) / (time.perf_counter() - began)
+        checks += [repeatable(policy, paths), agreement(policy, paths), padding(policy, paths), ratio(policy, paths)]
+        batch = _batch(paths, rng)
+        checks += [blocks(policy, batch, recipe), masked(policy, batch, recipe, rng)]
+        began = time.perf_counter()
+        _gradient(policy, batch, recipe, 8192)
+        tokens = sum(len(p.prompt) + len(p) for p in paths)
+        training = tokens / (time.perf_counter() - began)
+    checks.append(
+        Check(
+            "speed",
+            "note",
+            f"about {sampling:.0f} tokens/s sampled and {training:.0f} tokens/s trained in a batch of {len(paths)} paths; "
+            "larger batches are faster per token",
+            training,
+        )
+    )
+    parts: dict[str, float] = {}
+    if planned is not None:
+        longest = max(len(policy.encode(p)) for p in prompts)
+        parts = memory(policy, planned, prompt=longest, reference=recipe is None or recipe.reference is not None)
+        checks.append(_fits(parts, policy.device))
+    return Report(checks, parts, versions())
+
+
+# -- the checks -------------------------------------------------------------------------------------------------------
+
+
+def ratio(policy: Any, paths: list[Path]) -> Check:
+    """exp(logp - logp_old) is 1 at every sampled token as long as no update has happened."""
+    limit = 0.65 if _half(policy) else 1e-3
+    batch = _batch(paths, torch.Generator().manual_seed(0))
+    worst = 0.0
+    with torch.no_grad():
+        for part in policy.split(batch, "path", 8192):
+            off = ((policy.evaluate(part).logp - part.logp_old).exp() - 1).abs()[part.mask]
+            worst = max(worst, _worst(off))
+    return _limited(
+        "ratio",
+        worst,
+        limit,
+        f"the ratio before the first update is 1 within {worst:.1e} at temperature {policy.temperature}",
+        f"the ratio before the first update is off 1 by {worst:.3g} at temperature {policy.temperature} (at most {limit} is "
+        "rounding): the trainer reads other probabilities than the sampler drew from",
+    )
+
+
+def agreement(policy: Any, paths: list[Path]) -> Check:
+    """The sampler (cache, left padding) and the trainer (whole rows, right padding) give a token the same log-probability."""
+    limit = 0.5 if _half(policy) else 1e-3
+    worst = max(_worst((p.logp - read).abs()) for p, read in zip(paths, policy.score(paths)))
+    n, lengths = sum(map(len, paths)), sorted({len(p.prompt) for p in paths})
+    return _limited(
+        "sampler and trainer",
+        worst,
+        limit,
+        f"log-probabilities agree within {worst:.1e} nats over {n} tokens, prompts of {lengths[0]} to {lengths[-1]} tokens",
+        f"the sampler's and the trainer's log-probabilities of the same tokens differ by up to {worst:.3g} nats (at most {limit} "
+        f"is rounding) over {n} tokens, prompts of {lengths[0]} to {lengths[-1]} tokens: cache, positions or padding are wrong",
+    )
+
+
+def repeatable(policy: Any, paths: list[Path]) -> Check:
+    """Reading the same paths twice gives the same numbers: no dropout, no noise."""
+    one, two = policy.score(paths), policy.score(paths)
+    worst = max(_worst((a - b).abs()) for a, b in zip(one, two))
+    limit = 1e-2 if _half(policy) else 1e-5
+    return _limited(
+        "repeatable",
+        worst,
+        limit,
+        f"reading the same paths twice differs by {worst:.1e}",
+        f"reading the same paths twice gives log-probabilities that differ by up to {worst:.3g}: something in the model is "
+        "random (dropout or noise), so ratios and gradients are noise too",
+    )
+
+
+def padding(policy: Any, paths: list[Path]) -> Check:
+    """A path reads the same alone and among longer ones, whatever token fills the padding."""
+    limit = 0.5 if _half(policy) else 1e-3
+    together = policy.score(paths, budget=10**9)
+    alone = policy.score(paths, budget=1)
+    own = policy.pad
+    policy.pad = next(i for i in range(policy.config.vocab_size) if i != own)
+    try:
+        filled = policy.score(paths, budget=10**9)
+    finally:
+        policy.pad = own
+    worst = max(_worst((a - b).abs()) for a, b in [*zip(together, alone), *zip(together, filled)])
+    return _limited(
+        "padding",
+        worst,
+        limit,
+        f"a path reads the same alone, among longer ones and with other padding, within {worst:.1e}",
+        f"a path's log-probabilities change by up to {worst:.3g} with the company it keeps in the batch or with the padding "
+        f"token (at most {limit} is rounding): rows are not independent in this model",
+    )
+
+
+def blocks(policy: Any, batch: Batch, recipe: Recipe | None) -> Check:
+    """The gradient of one block of everything equals the sum over blocks of single rows."""
+    limit = 0.1 if _half(policy) else 1e-3
+    worst = _difference(_gradient(policy, batch, recipe, 10**9), _gradient(policy, batch, recipe, 1))
+    return _limited(
+        "micro-batch",
+        worst,
+        limit,
+        f"the gradient is the same for any block size, within {worst:.1e} of its length",
+        f"the gradient changes by {worst:.3g} of its length with the size of the micro-batch (at most {limit} is rounding): the "
+        "loss or the model mixes rows",
+    )
+
+
+def masked(policy: Any, batch: Batch, recipe: Recipe | None, rng: torch.Generator) -> Check:
+    """What stands at masked steps (advantages, old log-probabilities) does not enter the gradient."""
+    off = (torch.rand(batch.mask.shape, generator=rng) < 0.5) & batch.mask
+    off[:, 0] = False  # every row keeps a trained step
+    half = batch.with_(mask=batch.mask & ~off)
+    noise = torch.where(half.mask, torch.zeros(()), torch.randn(half.mask.shape, generator=rng))
+    other = half.with_(
+        advantage=half.advantage + 3 * noise, logp_old=half.logp_old + noise, logp_sampler=half.logp_sampler - noise
+    )
+    worst = _difference(_gradient(policy, half, recipe, 10**9), _gradient(policy, other, recipe, 10**9))
+    limit = 1e-2 if _half(policy) else 1e-5
+    return _limited(
+        "masked steps",
+        worst,
+        limit,
+        f"changing what stands at {int(off.sum())} masked steps changes the gradient by {worst:.1e}",
+        f"changing what stands at {int(off.sum())} masked steps changes the gradient by {worst:.3g} of its length: masked steps "
+        "are trained",
+    )
+
+
+def ends(policy: Any, prompt: Any, rng: torch.Generator) -> list[Check]:
+    """Each end id of the generation config and the tokenizer, forced on the model, really ends a completion and is trained."""
+    config = getattr(getattr(policy.model, "generation_config", None), "eos_token_id", None)
+    listed = [*_ids(config), *_ids(policy.tokenizer.eos_token_id)]
+    ids = list(dict.fromkeys(listed or policy.eos))
+    vocabulary = policy.config.vocab_size
+    outside = [i for i in ids if not 0 <= i < vocabulary]
+    deaf = [i for i in ids if i not in outside and not _ends(policy, prompt, i, rng)]
+    out = []
+    if outside:
+        out.append(
+            Check("end tokens", "fail", f"the end id {outside[0]} does not exist: the model has {vocabulary} tokens", outside[0])
+        )
+    elif deaf:
+        out.append(
+            Check(
+                "end tokens",
+                "fail",
+                f"the model wrote the end id {deaf[0]} ({_token(policy, deaf[0])}) and the completion went on: of the end ids "
+                f"{ids} the policy honours {policy.eos}; completions would run into the length limit",
+                deaf[0],
+            )
+        )
+    else:
+        names = ", ".join(f"{i} ({_token(policy, i)})" for i in ids)
+        out.append(Check("end tokens", "ok", f"each of {names} ends a completion, is kept and trained", len(ids)))
+    if policy.pad in policy.eos:
+        out.append(
+            Check(
+                "padding token",
+                "warn",
+                f"the padding token is the end token {policy.pad}; harmless here, where masks come from lengths, but trainers "
+                "that mask padding by its id would never train the end",
+                policy.pad,
+            )
+        )
+    return out
+
+
+def template(policy: Any) -> list[Check]:
+    """The chat template opens the assistant's turn, tokenises one way only, and begins with at most one BOS."""
+    tokenizer = policy.tokenizer
+    if not getattr(tokenizer, "chat_template", None):
+        return [Check("chat template", "note", "this tokenizer has no chat template; prompts must be strings")]
+    ask = [{"role": "user", "content": TEXTS[0]}]
+    closed = tokenizer.apply_chat_template(ask, add_generation_prompt=False, tokenize=False)
+    opened = tokenizer.apply_chat_template(ask, add_generation_prompt=True, tokenize=False)
+    ids = policy.encode(ask).tolist()
+    direct = tokenizer.apply_chat_template(ask, add_generation_prompt=True, tokenize=True)
+    direct = list(direct["input_ids"] if isinstance(direct, Mapping) else direct)
+    bos = tokenizer.bos_token_id
+    again = tokenizer(tokenizer.decode(ids), add_special_tokens=False)["input_ids"]
+    out = []
+    if bos is not None and ids[:2] == [bos, bos]:
+        out.append(
+            Check(
+                "chat template", "fail", f"a prompt of chat messages begins with the BOS token {bos} twice; models see it once", 2
+            )
+        )
+    elif opened == closed or not opened.startswith(closed):
+        out.append(
+            Check(
+                "chat template",
+                "fail",
+                "the chat template does not append a generation prompt, so the model would continue the user's message instead "
+                "of answering it",
+            )
+        )
+    elif direct != ids:
+        out.append(
+            Check(
+                "chat template",
+                "fail",
+                f"the chat template gives {len(direct)} tokens when it tokenises and {len(ids)} when its text is tokenised; the "
+                "prompt that is trained would not be the prompt of other programs",
+                abs(len(direct) - len(ids)),
+            )
+        )
+    else:
+        out.append(
+            Check("chat template", "ok", f"opens the assistant's turn with {opened[len(closed) :]!r}; tokenised one way only")
+        )
+    if again != ids:
+        out.append(
+            Check(
+                "round trip",
+                "warn",
+                f"a prompt of {len(ids)} tokens comes back as {len(again)} other tokens from its own text; gruppo never "
+                "re-tokenises, but programs that do will disagree",
+                len(again),
+            )
+        )
+    if bos is not None and list(tokenizer(opened)["input_ids"])[:2] == [bos, bos]:
+        out.append(
+            Check(
+                "rendered prompts",
+                "warn",
+                "a string that was already rendered with the chat template would get a second BOS token; give messages, not "
+                "rendered strings",
+            )
+        )
+    with_answer = [*ask, {"role": "assistant", "content": "5"}]
+    full = tokenizer(tokenizer.apply_chat_template(with_answer, tokenize=False), add_special_tokens=False)["input_ids"]
+    if not set(full[len(ids) :]) & set(policy.eos):
+        out.append(
+            Check(
+                "end of turn",
+                "warn",
+                f"the chat template closes an answer with {tokenizer.decode(full[-2:])!r}, which holds none of the end ids "
+                f"{policy.eos}: completions may run on past their turn",
+            )
+        )
+    return out
+
+
+def threads(policy: Any) -> Check:
+    """The number of torch threads that is fastest for a layer of this width, right now, on this machine."""
+    if policy.device.type != "cpu":
+        return Check("threads", "note", f"the model is on {policy.device}; CPU threads hardly matter")
+    best = choose(getattr(policy.config, "hidden_size", 128), policy.config.vocab_size)
+    now = torch.get_num_threads()
+    return Check("threads", "note", f"{best}; torch now uses {now}", best.threads)
+
+
+def versions() -> dict[str, str]:
+    """Python and the packages whose behaviour the numbers above depend on."""
+    out = {"python": platform.python_version()}
+    for name in ("torch", "transformers", "peft", "gruppo"):
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = "not installed"
+    return out
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+def memory(policy: Any, planned: Mapping[str, Any], *, prompt: int, reference: bool) -> dict[str, float]:
+    """MB that the planned run holds: constant parts, the sampler's, the trainer's, and the `peak` of them together.
+
+    Every path is taken to reach max_new_tokens. Measured resident memory of the embedded models is up to 30 % more.
+
+    Activations are measured, not guessed: what autograd keeps for two small blocks on this model, scaled to the largest
+    block of the run (a part that grows with the tokens and a part that grows with rows times length squared).
+    """
+    settings, fit = planned.get("policy", {}), planned.get("fit", {})
+    new = settings.get("max_new_tokens") or policy.max_new
+    rows = fit.get("prompts_per_step", 16) * fit.get("paths_per_prompt", 8)
+    together = min(rows, settings.get("sample_rows") or policy.sample_rows)
+    length = prompt + new
+    budget = min(fit.get("token_budget", 8192), rows * length)
+    number = 2 if _half(policy) else 4
+    every = sum(p.numel() * p.element_size() for p in policy.model.parameters())
+    trained = sum(p.numel() * p.element_size() for p in policy.parameters())
+    adapter = hasattr(policy.model, "disable_adapter")
+    vocabulary = policy.config.vocab_size
+    cache = together * _cache_row(policy.config, length + 64) * number
+    block_rows = max(1, budget // length)
+    kept, layer = _activations(policy, length)
+    activations = block_rows * kept
+    positions = min(block_rows * new, budget)
+    # logits, scaled logits, softmax and product for the entropy, a gradient; the reference reads while the policy's are kept
+    copies = (5 if policy.entropy else 4) + (3 if reference else 0)
+    head = min(positions * vocabulary, max(policy.head_elements, vocabulary)) * 4 * copies
+    parts = {
+        "weights": every,
+        "gradients": trained,
+        "optimizer": 2 * trained,
+        "reference": trained if reference and not adapter else 0,
+        "cache": cache,
+        "sampling logits": together * vocabulary * 4 * 5,
+        "activations": activations,
+        "head": head,
+        "backward": block_rows * layer,
+    }
+    constant = sum(parts[k] for k in ("weights", "gradients", "optimizer", "reference"))
+    sampling = parts["cache"] + parts["sampling logits"]
+    if policy.device.type == "cpu":  # the C library keeps what one phase freed, in pieces the next cannot use: phases add up
+        parts["peak"] = constant + sampling + parts["activations"] + parts["head"] + parts["backward"]
+    else:
+        parts["peak"] = constant + max(sampling, parts["activations"] + max(parts["head"], parts["backward"]))
+    return {name: round(value / MB, 2) for name, value in parts.items()}
+
+
+def _cache_row(config: Any, length: int) -> int:
+    """Numbers in the keys and values of one row."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    window = getattr(config, "sliding_window", None) or length
+    return sum(2 * heads * width * (min(length, window) if kind == "sliding_attention" else length) for kind in kinds)
+
+
+def _activations(policy: Any, length: int) -> tuple[float, float]:
+    """Bytes per row of `length` tokens that autograd keeps until backward, and that the widest layer's backward adds."""
+    short, long = 16, min(48, policy.context)
+    few, many = _kept(policy, short), _kept(policy, long)
+    square = max(0.0, (many / long - few / short) / (long - short))
+    linear = max(0.0, few / short - square * short)
+    kept = linear * length + square * length**2
+    config = policy.config
+    number = 2 if _half(policy) else 4
+    width = getattr(config, "intermediate_size", 4 * config.hidden_size)
+    layer = length * number * (3 * width + 2 * config.hidden_size)
+    if policy.checkpointing:  # one layer at a time is computed again, with all that it keeps
+        layer += _plain(policy, long) / long * length / config.num_hidden_layers
+    return kept, float(layer)
+
+
+def _kept(policy: Any, length: int) -> float:
+    parameters = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    seen: dict[int, int] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    ids = torch.zeros(2, length, dtype=torch.long, device=policy.device)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), policy._cast(), policy._training():
+        hidden = policy.head.hidden(ids)
+    del hidden
+    return sum(seen.values()) / len(ids)
+
+
+def _plain(policy: Any, length: int) -> float:
+    policy.checkpointing = False  # outside training mode transformers checkpoints nothing
+    try:
+        return _kept(policy, length)
+    finally:
+        policy.checkpointing = True
+
+
+def _fits(parts: dict[str, float], device: torch.device) -> Check:
+    free = _free(device)
+    largest = ", ".join(f"{k} {v:.0f}" for k, v in sorted(parts.items(), key=lambda kv: -kv[1]) if k != "peak" and v >= 1)
+    says = f"the planned run needs about {parts['peak']:.0f} MB ({largest or 'all parts below 1'} MB)"
+    if free is not None and parts["peak"] > free:
+        hint = "lower fit.token_budget or policy.sample_rows, or train an adapter (policy.lora)"
+        return Check("memory", "warn", f"{says}, but {free:.0f} MB are free: {hint}", parts["peak"], free)
+    return Check("memory", "note", says + ("" if free is None else f"; {free:.0f} MB are free"), parts["peak"], free)
+
+
+def _free(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / MB
+    try:
+        with open("/proc/meminfo") as file:
+            return next(int(line.split()[1]) / 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+# -- how they measure -------------------------------------------------------------------------------------------------
+
+
+def _prompts(policy: Any, prompts: Sequence[Any] | None) -> list[Any]:
+    if prompts is None:
+        chat = bool(getattr(policy.tokenizer, "chat_template", None))
+        prompts = [[{"role": "user", "content": t}] if chat else t for t in TEXTS]
+    fit = [p for p in prompts if len(policy.encode(p)) + 8 <= policy.context]
+    if not fit:
+        raise GruppoError(f"none of the {len(prompts)} prompts leaves room for 8 new tokens in a context of {policy.context}")
+    return list(fit[:8])
+
+
+def _sample(policy: Any, prompts: Sequence[Any], rng: torch.Generator) -> list[Path]:
+    longest = max(len(policy.encode(p)) for p in prompts)
+    new = min(24, policy.context - longest)
+    return policy.sample([p for p in prompts for _ in range(4)], g=rng, max_new=new)
+
+
+def _batch(paths: list[Path], rng: torch.Generator) -> Batch:
+    """Groups of four siblings with random advantages; every third path has its end cut off, so that lengths are ragged."""
+    ragged = [_cut(p, max(1, len(p) * 2 // 3)) if i % 3 == 0 else p for i, p in enumerate(paths)]
+    groups = [Group(Task(None), ragged[i : i + 4]) for i in range(0, len(ragged), 4)]
+    return collate([g.with_(advantage=torch.randn(len(g), g.width, generator=rng)) for g in groups])
+
+
+def _cut(path: Path, n: int) -> Path:
+    return replace(path, steps=path.steps[:n], logp=path.logp[:n], mask=path.mask[:n])
+
+
+class _Itself(AdapterOff):
+    """A reference equal to the policy: the KL and its gradient are 0, and no second set of weights is needed."""
+
+    def evaluate(self, batch: Batch) -> Steps:
+        return self.policy.evaluate(batch)
+
+
+def _gradient(policy: Any, batch: Batch, recipe: Recipe | None, budget: int) -> list[Tensor]:
+    if recipe is None:
+        from gruppo.recipes.grpo import grpo
+
+        recipe = grpo(n=4, beta=0.0)
+    for p in policy.parameters():
+        p.grad = None
+    ref = _Itself(policy) if recipe.reference is not None else None
+    accumulate(policy, weigh(batch, recipe.reduce), recipe, ref=ref, budget=budget)
+    return [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in policy.parameters()]
+
+
+def _difference(a: list[Tensor], b: list[Tensor]) -> float:
+    """|a - b| / |b|, the length over all parameters."""
+    apart = math.sqrt(sum(float((x.double() - y.double()).square().sum()) for x, y in zip(a, b)))
+    return apart / max(math.sqrt(sum(float(y.double().square().sum()) for y in b)), 1e-30)
+
+
+def _ends(policy: Any, prompt: Any, token: int, rng: torch.Generator) -> bool:
+    """With a model that writes `token` and nothing else, a completion is that one token, trained, and not truncated."""
+
+    def force(module: Any, args: Any, out: Any) -> Any:
+        out.logits = torch.full_like(out.logits, -1e4)
+        out.logits[..., token] = 0.0
+        return out
+
+    hook = policy.model.register_forward_hook(force)
+    try:
+        (path,) = policy.sample([prompt], g=rng, max_new=3)
+    finally:
+        hook.remove()
+    return path.steps.tolist() == [token] and bool(path.mask.all()) and not path.truncated
+
+
+@contextmanager
+def _untouched(policy: Any) -> Iterator[None]:
+    """Measure at `TEMPERATURE`; gradients and temperature come back as they were."""
+    temperature, grads = policy.temperature, [p.grad for p in policy.parameters()]
+    policy.temperature = TEMPERATURE
+    try:
+        yield
+    finally:
+        policy.temperature = temperature
+        for p, grad in zip(policy.parameters(), grads):
+            p.grad = grad
+
+
+def _half(policy: Any) -> bool:
+    return policy.autocast is not None or next(policy.model.parameters()).dtype in (torch.bfloat16, torch.float16)
+
+
+def _worst(x: Tensor) -> float:
+    """The largest entry; infinite where one is NaN, so that it never passes for small."""
+    return float(torch.nan_to_num(x, nan=math.inf).max()) if x.numel() else 0.0
+
+
+def _limited(name: str, value: float, limit: float, fine: str, broken: str) -> Check:
+    return Check(name, "ok", fine, value, limit) if value <= limit else Check(name, "fail", broken, value, limit)
+
+
+def _ids(value: Any) -> list[int]:
+    return [int(i) for i in (value if isinstance(value, (list, tuple)) else [value]) if i is not None]
+
+
+def _token(policy: Any, token: int) -> str:
+    convert: Callable[[int], Any] = policy.tokenizer.convert_ids_to_tokens
+    return str(convert(token))
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
