@@ -103,13 +103,16 @@ def habit(random: Random, task: Task) -> Example:
     if prompt is not task.prompt:  # a hint makes it work: this is what rescuing a stuck group by hints relies on
         return Example(prompt, task.extra["solution"])
     steps = task.extra["solution"].partition("</think>")[0].removeprefix("<think>").split("\n")
-    if random.random() < FULL:
+    choice = random.random()
+    if choice < FULL:
         return Example(prompt, task.extra["solution"])
-    done = random.choice([0, 0, *range(len(steps))])
+    done = random.randrange(1, len(steps)) if len(steps) > 1 and choice < FULL + PART else 0
     return Example(prompt, completion("\n".join(steps[:done]), str(estimate(random, int(task.answer)))))
 
 
-FULL = 0.25  # how often the base model works to the end unasked
+# How often the base model works unasked, to the end and part of the way. Together below one half, so that its single most
+# likely first move is to answer at once.
+FULL, PART = 0.31, 0.07
 
 
 def estimate(random: Random, answer: int) -> int:
@@ -143,7 +146,7 @@ ARITHMETIC = World(
         "num_key_value_heads": 2,
         "head_dim": 32,
     },
-    course=(Phase(work, steps=1000, learning_rate=2e-3, final=0.02), Phase(habit, steps=200, learning_rate=3e-4, warmup=20)),
+    course=(Phase(work, steps=1000, learning_rate=2e-3, final=0.02), Phase(habit, steps=100, learning_rate=5e-4, warmup=10)),
     defaults={
         "policy": {"max_new_tokens": 48, "temperature": 1.0},
         "fit": {"steps": 60, "prompts_per_step": 16, "paths_per_prompt": 16, "learning_rate": 1e-4},

@@ -46,18 +46,19 @@ class Outcome:
     curve: list[tuple[int, float, float]]
 
 
-def load(world: World) -> TokenPolicy:
-    """The base model of a world as a policy with the world's own settings."""
+def load(world: World) -> Any:
+    """The base model of a world as a policy with the world's own settings and tools."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    return TokenPolicy(
+    policy = TokenPolicy(
         AutoModelForCausalLM.from_pretrained(world.base, dtype=torch.float32),
         AutoTokenizer.from_pretrained(world.base),
         max_new=world.defaults["policy"]["max_new_tokens"],
     )
+    return world.equipped(policy)
 
 
-def accuracy(policy: TokenPolicy, world: World, tasks: list[Task], samples: int = 4, seed: int = 0) -> Accuracy:
+def accuracy(policy: Any, world: World, tasks: list[Task], samples: int = 4, seed: int = 0) -> Accuracy:
     """Measured on these tasks with a generator of its own, so that measuring never changes training."""
     rng = torch.Generator().manual_seed(seed)
     greedy = policy.sample([t.prompt for t in tasks], g=rng, temperature=0.0)
@@ -82,7 +83,7 @@ def mean(values: list[Any]) -> float:
     return sum(values) / len(values)
 
 
-def train(world: World, policy: TokenPolicy, seed: int, **changes: Any) -> Iterator[tuple[int, Iteration]]:
+def train(world: World, policy: Any, seed: int, **changes: Any) -> Iterator[tuple[int, Iteration]]:
     """GRPO on the world with its defaults; `changes` replace entries of the section `fit`."""
     numbers = {**world.defaults["fit"], **changes}
     size = numbers["prompts_per_step"]

@@ -31,7 +31,7 @@ CALLS = 3
 CONSONANTS, VOWELS = "bdfghjklmnprstvz", "aeiou"
 JOBS = ("baker", "smith", "nurse", "pilot", "judge", "miner", "cook", "tailor", "clerk", "farmer")
 RIVERS = ("elbe", "oder", "nile", "rhine", "tagus", "volga", "loire", "tiber", "ganges", "indus")
-PEOPLE, TOWNS = 3000, 200
+PEOPLE, TOWNS = 4000, 200
 NOTHING = "nothing"
 SHAPE = re.compile(r"(?:<search>[^<>]*</search><result>[^<>]*</result>){0,3}<answer>[^<>]*</answer>")
 
@@ -46,7 +46,7 @@ class Facts:
 
 @cache
 def facts() -> Facts:
-    """The same facts each time: 3000 people with job, town and friend, 200 towns with a river."""
+    """The same facts each time: 4000 people with job, town and friend, 200 towns with a river."""
     random = Random("the corpus of the search world")
     syllables = [c + v for c in CONSONANTS for v in VOWELS]
     people = random.sample([a + b for a in syllables for b in syllables], PEOPLE)
@@ -154,11 +154,18 @@ def task_of(kind: Kind, name: str) -> Task:
         extra={
             "difficulty": len(kind.hops),
             "solution": transcript(turns),
-            "hints": [f"Searches needed: {len(plan)}.", *[" then ".join(plan[: i + 1]) for i in range(len(plan))]],
+            "hints": hints(plan),
             "kind": KINDS.index(kind),
             "person": name,
         },
     )
+
+
+def hints(plan: list[str]) -> list[str]:
+    """Three tiers: look it up or not, how often, and what to ask."""
+    if not plan:
+        return ["Do not search.", "Searches needed: 0.", "It is a letter of the name."]
+    return ["Search for it.", f"Searches needed: {len(plan)}.", "Search " + ", then ".join(plan)]
 
 
 def transcript(turns: list[str]) -> str:
@@ -272,8 +279,8 @@ SEARCH = World(
         "head_dim": 32,
     },
     course=(
-        Phase(work, steps=1500, learning_rate=2e-3, warmup=100, step_tokens=4096),
-        Phase(habit, steps=250, learning_rate=4e-4, warmup=20, step_tokens=4096),
+        Phase(work, steps=400, learning_rate=2e-3, warmup=50, step_tokens=3072),
+        Phase(habit, steps=120, learning_rate=4e-4, warmup=20, step_tokens=3072),
     ),
     tags=("<search>", "</search>", "<result>", "</result>"),
     talk=TALK,
