@@ -26,7 +26,7 @@ from gruppo.core.collate import NotFinite, Passes
 from gruppo.policies.load import ignored_sampling, load_model, load_tokenizer, lora_config, restore, save, with_adapter
 from gruppo.policies.reference import initial
 from gruppo.policies.token import TokenPolicy
-from gruppo.recipe import Column, Recipe, Signal, whole
+from gruppo.recipe import Recipe, check_needs, whole
 from gruppo.recipes import find, recipe
 from gruppo.runs import data as tasks_of
 from gruppo.runs import threads as torch_threads
@@ -221,37 +221,19 @@ class Session:
         for n, stage in enumerate(self.stages):
             self._enter(n)
             task = stage.at(0)
-            self._columns(stage, task)
+            check_needs(stage.recipe, self.tasks[n] or [task])
             rng = torch.Generator().manual_seed(stage.config.fit.seed)
             paths = self.policy.sample([task.prompt] * 2, g=rng, max_new=min(32, self.policy.max_new))
             self._agree(paths)
             graded = stage.grade.preflight([Group(task, paths)])[0]
-            self._signals(stage, graded)
+            check_needs(stage.recipe, (), [graded])
         self._enter(0)
-
-    def _columns(self, stage: Stage, task: Task) -> None:
-        for need in stage.recipe.needs:
-            if isinstance(need, Column):
-                have = {"prompt", *task.columns()}
-                if need.name not in have:
-                    raise GruppoError(
-                        f"the recipe {stage.config.recipe} reads the column {need.name!r}{_why(need)}, but the tasks have only: "
-                        f"{', '.join(sorted(have))}"
-                    )
-
-    def _signals(self, stage: Stage, group: Group) -> None:
-        for need in stage.recipe.needs:
-            if isinstance(need, Signal) and need.name not in group.signals:
-                raise GruppoError(
-                    f"the recipe {stage.config.recipe} reads the signal {need.name!r}{_why(need)}, but the graders of this run "
-                    f"give only: {', '.join(group.signals)}"
-                )
 
     def _agree(self, paths: list[Any]) -> None:
         """Sampler and trainer must say the same about the same tokens; in float32 there is no excuse."""
         if self.config.policy.dtype != "float32" or self.config.policy.autocast:
             return
-        gap = max(float((p.logp - read).abs().max()) for p, read in zip(paths, self.policy.score(paths)))
+        gap = max(float((p.logp - read)[p.mask].abs().max()) for p, read in zip(paths, self.policy.score(paths)))
         if not gap < MOST_GAP:
             raise GruppoError(
                 f"the sampler's and the trainer's log-probabilities of the same tokens differ by {gap:.3g} before step 0 (in "
@@ -467,8 +449,8 @@ def _world_stream(config: RunConfig, seed: int) -> Callable[[int], Task]:
     return tasks_of.only_at(lambda i: world.task(seed, i), config.only)
 
 
-def build_policy(config: RunConfig, given: Given, folder: RunFolder | None = None) -> TokenPolicy:
-    """The policy with its initial weights."""
+def build_policy(config: RunConfig, given: Given, folder: RunFolder | None = None) -> Any:
+    """The policy with its initial weights, and with the tools of its world where it has some."""
     own = config.policy
     world = world_of(config)
     source = given.model if given.model is not None else config.model or (world.base if world is not None else None)
@@ -479,7 +461,7 @@ def build_policy(config: RunConfig, given: Given, folder: RunFolder | None = Non
         model = with_adapter(model, given.peft_config, config.fit.seed)
     elif own.lora is not None:
         model = with_adapter(model, lora_config(own.lora.rank, own.lora.alpha, own.lora.targets), config.fit.seed)
-    return TokenPolicy(
+    policy = TokenPolicy(
         model,
         tokenizer,
         temperature=own.temperature,
@@ -488,6 +470,7 @@ def build_policy(config: RunConfig, given: Given, folder: RunFolder | None = Non
         checkpointing=own.gradient_checkpointing,
         sample_rows=own.sample_rows,
     )
+    return policy if world is None else world.equipped(policy)
 
 
 def recipe_of(config: RunConfig, given: Given) -> Recipe:
@@ -645,10 +628,6 @@ def found_objects(given: Given, folder: RunFolder) -> Given:
 
         given = replace(given, peft_config=PeftConfig.from_pretrained(str(folder.path / PEFT_FOLDER)))
     return given
-
-
-def _why(need: Signal | Column) -> str:
-    return f" ({need.why})" if need.why else ""
 
 
 def counters(grade: Any) -> dict[str, dict[str, int]]:
