@@ -65,7 +65,7 @@ def show(
             "nickname": entry.nickname,
             "title": entry.title,
             "sentence": entry.sentence,
-            "numbers": {k: repr(v) for k, v in entry.numbers.items()},
+            "numbers": {k: describe(v) for k, v in entry.numbers.items()},
             "needs": [n.name for n in made.needs],
             "base": entry.base,
             "difference": {slot: {"base": describe(a), "here": describe(b)} for slot, (a, b) in changed.items()},

@@ -166,7 +166,7 @@ def page(name: str) -> str:
             + table(("field", entry.base, entry.nickname), rows)
         )
     parts.append("## Formulas and deviations\n\n" + formulas(entry))
-    numbers = [(code(k), code(str(v))) for k, v in entry.numbers.items()]
+    numbers = [(code(k), code(describe(v))) for k, v in entry.numbers.items()]
     parts.append("## Hyper-parameters\n\n" + table(("number", "default"), numbers) + "\n\n" + section(entry, "Hyper-parameters"))
     if needs(made):
         parts.append("## Needs\n\nThe run stops before step 0 when one of these is missing.\n\n" + bullets(needs(made)))

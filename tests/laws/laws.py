@@ -350,24 +350,45 @@ EXPECTED: dict[str, tuple[float, float]] = {
     "cispo": (1.207612, -0.724567),
     "scalerl": (1.207381, -0.724429),  # one group: the batch's std is the group's
     "rloo": (0.714286, -0.428571),
+    "seed-grpo": (0.3125, -0.1875),  # no path here has an answer: the largest entropy, so 1 / (1 + alpha) with alpha 1
+    "stratified-grpo": (1.290992, -0.774595),  # the population std; all paths here are of one stratum
+    "rec-reinforce": (0.625, -0.375),
+    "rec-oneside": (0.625, -0.375),
+    "rec-oneside-is": (0.625, -0.375),
+    "rec-twoside": (0.625, -0.375),
+    "rec-twoside-is": (0.625, -0.375),
+    "rec-ring": (0.625, -0.375),
+    "rec-ring-is": (0.625, -0.375),
+    "opmd": (0.625, -0.375),
+    "kimi-opmd": (0.625, -0.375),
+    "asymre": (0.725, -0.275),
+    "red-drop": (0.5, -0.5),  # of the five wrong paths the two with the lowest lots are dropped: DROPPED
+    "red-weight": (1.167654, -0.257733),  # .625 e^.625, -.375 e^-.375
 }
+
+# Where a group's lots are 0, 1/8, 2/8, ..., these rows are dropped and have the advantage 0.
+DROPPED: dict[str, list[int]] = {"red-drop": [1, 2]}
+FLAT: dict[str, float] = {"asymre": 0.1}  # advantages of equal rewards, where they are not 0
 
 
 def paper(recipe: Recipe, make: Make = tiny_policy, *, name: str) -> None:
-    """The worked numbers: advantages of r = [1,0,0,1,1,0,0,0], spread over every step, and 0 for r = [1,1,1,1]."""
+    """The worked numbers: advantages of r = [1,0,0,1,1,0,0,0], spread over every step, and those of r = [1,1,1,1]."""
     reward = torch.tensor([1.0, 0, 0, 1, 1, 0, 0, 0])
     right, wrong = EXPECTED[name]
     path = Path(torch.tensor([2]), torch.tensor([4, 5, 1]), torch.zeros(3), torch.ones(3, dtype=torch.bool), "ab")
     zero = [torch.zeros(3)] * 8
-    group = Group(Draw(0, 1).__iter__().__next__(), [path] * 8, {"reward": reward, "correct": reward, "logp_ref": zero})
+    more = {"logp_ref": zero, "lot": torch.arange(8) / 8}
+    group = Group(Draw(0, 1).__iter__().__next__(), [path] * 8, {"reward": reward, "correct": reward, **more})
     found = compared(recipe, [group])[0].advantage
     assert found is not None
-    expected = torch.where(reward > 0, right, wrong)[:, None].expand(8, 3)
+    expected = torch.where(reward > 0, right, wrong)[:, None].repeat(1, 3)
+    expected[DROPPED.get(name, [])] = 0.0
     assert torch.allclose(found, expected, atol=1e-6)
-    same = Group(group.task, [path] * 4, {"reward": torch.ones(4), "correct": torch.ones(4), "logp_ref": zero[:4]})
+    more = {k: v[:4] for k, v in more.items()}
+    same = Group(group.task, [path] * 4, {"reward": torch.ones(4), "correct": torch.ones(4), **more})
     none = compared(recipe, [same])[0].advantage
     assert none is not None
-    assert torch.equal(none, torch.zeros(4, 3))
+    assert torch.equal(none, torch.full((4, 3), FLAT.get(name, 0.0)))
 
 
 LAWS: dict[str, Callable[..., Any]] = {

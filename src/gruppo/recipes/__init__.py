@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import pathlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,14 +15,28 @@ from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gruppo.recipe import Recipe
+from gruppo.recipes.asymre import asymre
 from gruppo.recipes.cispo import cispo
 from gruppo.recipes.corrected import corrected, grpo_mis, grpo_tis
 from gruppo.recipes.dapo import dapo
 from gruppo.recipes.dr_grpo import dr_grpo
 from gruppo.recipes.grpo import grpo
 from gruppo.recipes.gspo import gspo, gspo_token
+from gruppo.recipes.opmd import kimi_opmd, opmd
+from gruppo.recipes.rec import (
+    rec_oneside,
+    rec_oneside_is,
+    rec_reinforce,
+    rec_ring,
+    rec_ring_is,
+    rec_twoside,
+    rec_twoside_is,
+)
+from gruppo.recipes.red import red_drop, red_weight
 from gruppo.recipes.rloo import rloo
 from gruppo.recipes.scalerl import scalerl
+from gruppo.recipes.seed_grpo import seed_grpo
+from gruppo.recipes.stratified_grpo import lengths, stratified_grpo
 from gruppo.types import GruppoError
 
 
@@ -56,6 +71,7 @@ class Entry:
 
 
 TINY = {"n": 8}
+OFF_POLICY = "Group-Relative REINFORCE Is Secretly an Off-Policy Algorithm: Demystifying Some Myths About GRPO and Its Friends"
 
 RECIPES: dict[str, Entry] = {
     e.arxiv: e
@@ -131,6 +147,58 @@ RECIPES: dict[str, Entry] = {
             rloo,
             tiny=TINY,
         ),
+        Entry(
+            "2510.06214",
+            "stratified-grpo",
+            "Stratified GRPO: Handling Structural Heterogeneity in Reinforcement Learning of LLM Search Agents",
+            stratified_grpo,
+            tiny={"n": 8, "stratum": lengths},
+        ),
+        Entry(
+            "2505.12346",
+            "seed-grpo",
+            "SEED-GRPO: Semantic Entropy Enhanced GRPO for Uncertainty-Aware Policy Optimization",
+            seed_grpo,
+            base="dr-grpo",
+            tiny={"n": 8, "length": 8, "alpha": 1.0},
+            laws={"weight": "the weights sum to mean length / `length`, as Dr.GRPO's do"},
+        ),
+        Entry("2509.24203/reinforce", "rec-reinforce", OFF_POLICY, rec_reinforce, tiny=TINY),
+        Entry(
+            "2509.24203",
+            "rec-oneside",
+            OFF_POLICY,
+            rec_oneside,
+            base="rec-reinforce",
+            aliases=("rec", "rec-oneside-nois"),
+            tiny=TINY,
+        ),
+        Entry("2509.24203/oneside-is", "rec-oneside-is", OFF_POLICY, rec_oneside_is, base="rec-reinforce", tiny=TINY),
+        Entry(
+            "2509.24203/twoside",
+            "rec-twoside",
+            OFF_POLICY,
+            rec_twoside,
+            base="rec-reinforce",
+            aliases=("rec-twoside-nois",),
+            tiny=TINY,
+        ),
+        Entry("2509.24203/twoside-is", "rec-twoside-is", OFF_POLICY, rec_twoside_is, base="rec-reinforce", tiny=TINY),
+        Entry("2509.24203/ring", "rec-ring", OFF_POLICY, rec_ring, base="rec-reinforce", aliases=("rec-ring-nois",), tiny=TINY),
+        Entry("2509.24203/ring-is", "rec-ring-is", OFF_POLICY, rec_ring_is, base="rec-reinforce", tiny=TINY),
+        Entry("2509.24203/opmd", "opmd", OFF_POLICY, opmd, base="rec-reinforce", tiny=TINY),
+        Entry("2509.24203/kimi-opmd", "kimi-opmd", OFF_POLICY, kimi_opmd, base="rec-reinforce", tiny=TINY),
+        Entry(
+            "2509.24203/asymre",
+            "asymre",
+            OFF_POLICY,
+            asymre,
+            base="rec-reinforce",
+            tiny=TINY,
+            laws={"flat": "a group of equal rewards has the advantage +c throughout: it is imitated, which is the method"},
+        ),
+        Entry("2509.24203/red-drop", "red-drop", OFF_POLICY, red_drop, base="rec-reinforce", tiny=TINY),
+        Entry("2509.24203/red-weight", "red-weight", OFF_POLICY, red_weight, base="rec-reinforce", tiny=TINY),
     )
 }
 
@@ -188,20 +256,40 @@ def fits(value: Any, kind: Any) -> bool:
         if one in (int, float):
             if isinstance(value, (int, one)) and not isinstance(value, bool):
                 return True
-        elif one is Any or (isinstance(one, type) and isinstance(value, one)) or (one is Callable and callable(value)):
+        elif one is Any or (isinstance(one, type) and isinstance(value, one)):
+            return True
+        elif one is Callable and (callable(value) or (isinstance(value, str) and ":" in value)):
             return True
     return False
 
 
 def told(value: Any, kind: Any) -> Any:
-    """4 as 4.0 where a number with a point is meant, so that both spellings make the same recipe."""
+    """4 as 4.0 where a number with a point is meant, and what "module:name" names where a function is meant."""
+    if isinstance(value, str) and Callable in choices(kind):
+        return named(value)
     pointed = type(value) is int and float in choices(kind) and int not in choices(kind)
     return float(value) if pointed else value
+
+
+def named(text: str) -> Any:
+    """What "module:name" or "path/file.py:name" names, which is how a run file gives a function; of a class, an instance."""
+    from gruppo.graders.sources import from_file, from_module
+
+    where, _, name = text.rpartition(":")
+    module = from_file(pathlib.Path(where)) if where.endswith(".py") else from_module(where)
+    if not callable(getattr(module, name, None)):
+        known = [k for k, v in vars(module).items() if callable(v) and not k.startswith("_")]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has: {', '.join(known) or 'none'}"
+        raise GruppoError(f"{where} has no function {name!r}; {hint}")
+    found = getattr(module, name)
+    return found() if isinstance(found, type) else found
 
 
 def wording(kind: Any) -> str:
     """A type as a person would say it."""
     said = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "nothing"}
+    said[Callable] = "a function, or its name as module:name,"
     return " or ".join(said.get(one, getattr(one, "__name__", str(one))) for one in choices(kind))
 
 

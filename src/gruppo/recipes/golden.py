@@ -21,7 +21,7 @@ import torch
 
 from gruppo.graders.grade import Grading
 from gruppo.policies.token import TokenPolicy
-from gruppo.recipe import Recipe
+from gruppo.recipe import Recipe, describe
 from gruppo.recipes import find, recipe
 from gruppo.train import Iteration, iterate
 from gruppo.types import Group, GruppoError, Reference, Task
@@ -158,7 +158,8 @@ def record(name: str, steps: int = STEPS) -> dict[str, Any]:
         length = sum(len(p) for g in done.groups for p in g.paths) / len(correct)
         row = {"correct": float(correct.mean()), "reward": float(shaped.mean()), "length": length, **done.stats}
         rows.append({k: round(v, 7) for k, v in row.items()})
-    return {"recipe": entry.nickname, "numbers": dict(entry.tiny), "prompts": PROMPTS, "rate": RATE, "steps": rows}
+    numbers = {k: describe(v) if callable(v) else v for k, v in entry.tiny.items()}
+    return {"recipe": entry.nickname, "numbers": numbers, "prompts": PROMPTS, "rate": RATE, "steps": rows}
 
 
 def write(name: str, folder: pathlib.Path = CURVES) -> pathlib.Path:
