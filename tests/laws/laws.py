@@ -350,7 +350,7 @@ EXPECTED: dict[str, tuple[float, float]] = {
     "cispo": (1.207612, -0.724567),
     "scalerl": (1.207381, -0.724429),  # one group: the batch's std is the group's
     "rloo": (0.714286, -0.428571),
-    "seed-grpo": (0.3125, -0.1875),  # no path here has an answer: the largest entropy, so 1 / (1 + alpha) with alpha 1
+    "seed-grpo": (0.599981, -0.359989),  # no path here has an answer: the largest entropy, .625 / 1.0417
     "stratified-grpo": (1.290992, -0.774595),  # the population std; all paths here are of one stratum
     "rec-reinforce": (0.625, -0.375),
     "rec-oneside": (0.625, -0.375),

@@ -9,7 +9,10 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from tests.recipes.trained import trained
 
+from gruppo.claims.seed_grpo import claim, drift, fresh, right
+from gruppo.claims.seed_grpo import train as train_claim
 from gruppo.clusters import (
     Embedded,
     Entailed,
@@ -27,6 +30,7 @@ from gruppo.clusters import (
 from gruppo.core.advantage import centred, spread
 from gruppo.core.likelihood import mean_logp, sum_logp
 from gruppo.recipe import difference
+from gruppo.recipes import recipe
 from gruppo.recipes.dr_grpo import dr_grpo, without_scale
 from gruppo.recipes.grpo import GroupNorm, grpo
 from gruppo.recipes.seed_grpo import Focal, Seed, exponential, linear, masses, printed, reciprocal, seed_grpo, shannon
@@ -124,7 +128,7 @@ def test_padding_of_a_longer_sibling_changes_nothing() -> None:
 
 def test_forms() -> None:
     assert [f(0.516265) for f in (reciprocal, linear, exponential, Focal(2.0))] == pytest.approx(
-        [0.659515, 0.483735, 0.596744, 0.234000], abs=1e-6
+        [0.659515, 0.483735, 0.596745, 0.234000], abs=1e-6
     )
     for f in (linear, exponential, Focal(2.0), reciprocal):
         assert f(0.0) == 1.0
@@ -328,3 +332,40 @@ def test_a_missing_extra_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     for same in (Embedded(), Entailed()):
         with pytest.raises(GruppoError, match=r"needs the package sentence-transformers: pip install 'gruppo\[embed\]'"):
             same(["a", "b"], Task("q"))
+
+
+# ---- by name, and end to end
+
+
+def test_pieces_can_be_named_in_a_run_file() -> None:
+    made = recipe("seed-grpo", same="gruppo.clusters:numeric", form="gruppo.recipes.seed_grpo:Focal", alpha=1)
+    assert made == seed_grpo(same=numeric, form=Focal(), alpha=1.0)
+    with pytest.raises(GruppoError, match=r"gruppo\.clusters has no function 'numerik'; did you mean 'numeric'\?"):
+        recipe("seed-grpo", same="gruppo.clusters:numerik")
+    with pytest.raises(GruppoError, match="same of seed-grpo is 'numeric', a str, but a function, or its name as module:name"):
+        recipe("seed-grpo", same="numeric")
+
+
+def test_it_trains_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    settings = ["recipe_args.alpha=1", "recipe_args.form=gruppo.recipes.seed_grpo:linear", "recipe_args.length=24"]
+    records = trained(monkeypatch, tmp_path, "seed-grpo", "arithmetic", *settings)
+    assert [r["updates"] for r in records] == [1, 1, 1]
+    assert max(r["live"] for r in records) > 0
+    assert all(r["ratio"] == pytest.approx(1, abs=1e-3) for r in records)
+
+
+def test_the_published_effect_on_noise_is_the_claim() -> None:
+    start = fresh()
+    plain, seeded = (train_claim(alpha, 0, steps=20) for alpha in (0.0, 1.0))
+    assert drift(start) == pytest.approx(0, abs=1e-6)
+    assert drift(seeded) < 0.5 * drift(plain)
+    assert right(seeded) > right(start)
+
+
+@pytest.mark.claim
+def test_claim() -> None:
+    found = claim(5)
+    assert found.holds, found.verdict
+    mean = found.table()[-2]
+    assert abs(float(mean["P(right) 1"]) - float(mean["P(right) 0"])) < 0.005
+    assert float(mean["drift 0.0417"]) > 0.8 * float(mean["drift 0"])

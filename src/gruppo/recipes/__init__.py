@@ -160,7 +160,7 @@ RECIPES: dict[str, Entry] = {
             "SEED-GRPO: Semantic Entropy Enhanced GRPO for Uncertainty-Aware Policy Optimization",
             seed_grpo,
             base="dr-grpo",
-            tiny={"n": 8, "length": 8, "alpha": 1.0},
+            tiny={"n": 8, "length": 8},
             laws={"weight": "the weights sum to mean length / `length`, as Dr.GRPO's do"},
         ),
         Entry("2509.24203/reinforce", "rec-reinforce", OFF_POLICY, rec_reinforce, tiny=TINY),
@@ -256,9 +256,10 @@ def fits(value: Any, kind: Any) -> bool:
         if one in (int, float):
             if isinstance(value, (int, one)) and not isinstance(value, bool):
                 return True
+        elif one is Callable:
+            if callable(value) or (isinstance(value, str) and ":" in value):
+                return True
         elif one is Any or (isinstance(one, type) and isinstance(value, one)):
-            return True
-        elif one is Callable and (callable(value) or (isinstance(value, str) and ":" in value)):
             return True
     return False
 
