@@ -6,6 +6,7 @@ import ast
 import math
 import operator
 import re
+from dataclasses import replace
 from random import Random
 
 import pytest
@@ -122,7 +123,7 @@ def test_no_arithmetic_hint_states_the_last_result(index):
 
 
 def test_countdown_has_several_distinct_answers_for_most_problems_of_three_and_four_numbers():
-    tasks = [t for t in WORLDS["countdown"].held_out(60) if t.extra["difficulty"] > 1]
+    tasks = [t for t in WORLDS["countdown"].held_out(30) if t.extra["difficulty"] > 1]
     ways = [countdown.solutions(t.extra["numbers"], t.extra["target"]) for t in tasks]
     assert sum(len(w) > 1 for w in ways) / len(ways) > 0.7
     for task, some in zip(tasks, ways):
@@ -131,7 +132,10 @@ def test_countdown_has_several_distinct_answers_for_most_problems_of_three_and_f
 
 def test_countdown_lists_the_ways_once():
     assert countdown.solutions([2, 3], 6) == {"2*3"}
-    assert countdown.solutions([1, 2, 3], 6) == {"2*3", "(1+2)+3", "(1+3)+2", "(2+3)+1", "(1*2)*3", "(1*3)*2", "(2*3)*1"}
+    assert countdown.solutions([1, 2, 3], 6) == {
+        *("2*3", "(1+2)+3", "2+(1+3)", "1+(2+3)"),
+        *("(1*2)*3", "2*(1*3)", "1*(2*3)"),
+    }
 
 
 # -- verifiers
@@ -344,10 +348,10 @@ def test_building_twice_gives_the_same_bytes(name, tmp_path):
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for folder in ("a", "b"):
-            torch.manual_seed(hash(folder) % 1000)  # the global generator must not matter
-            WORLDS[name].build(tmp_path / folder, seed=0, log=lambda line: None, steps=2)
-        WORLDS[name].build(tmp_path / "c", seed=1, log=lambda line: None, steps=1)
+        world = replace(WORLDS[name], course=tuple(replace(p, step_tokens=512) for p in WORLDS[name].course))
+        for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+            torch.manual_seed(ord(folder))  # the global generator must not matter
+            world.build(tmp_path / folder, seed=seed, log=lambda line: None, steps=3)
     finally:
         torch.set_num_threads(threads)
     files = sorted(f.name for f in (tmp_path / "a").iterdir())

@@ -7,8 +7,9 @@
                                ...
                                </think><answer>8*3</answer>
 
-The verifier parses the answer itself, so every correct expression counts, whatever its form. The base model mostly writes
-down the first expression that comes to mind; it can also try some, compare each with the target, and stop at a hit.
+The verifier parses the answer itself, so every correct expression counts, whatever its form. Half of the time the
+base model writes down the first expression that comes to mind; else it tries some, compares each with the target, and stops
+at a hit.
 """
 
 from __future__ import annotations
@@ -116,67 +117,80 @@ def evaluate(text: str) -> tuple[int, list[int]] | None:
         return None
     if re.search(r"[0-9] +[0-9]|\* *\*|[0-9]{5}", text):  # "1 2" is not 12, "**" is not an operation here
         return None
-    tokens = re.findall(r"[0-9]+|[+\-*()]", text)
-    used: list[int] = []
-
-    def total(at: int) -> tuple[int, int]:
-        value, at = product(at)
-        while at < len(tokens) and tokens[at] in "+-":
-            right, after = product(at + 1)
-            value, at = (value + right if tokens[at] == "+" else value - right), after
-        return value, at
-
-    def product(at: int) -> tuple[int, int]:
-        value, at = factor(at)
-        while at < len(tokens) and tokens[at] == "*":
-            right, at = factor(at + 1)
-            value *= right
-        return value, at
-
-    def factor(at: int) -> tuple[int, int]:
-        if at < len(tokens) and tokens[at] == "(":
-            value, at = total(at + 1)
-            if at < len(tokens) and tokens[at] == ")":
-                return value, at + 1
-        elif at < len(tokens) and tokens[at].isdigit():
-            used.append(int(tokens[at]))
-            return used[-1], at + 1
-        raise _Malformed
-
+    reader = _Reader(re.findall(r"[0-9]+|[+\-*()]", text))
     try:
-        value, end = total(0)
+        value = reader.total()
     except _Malformed:
         return None
-    return (value, used) if end == len(tokens) else None
+    return (value, reader.used) if reader.at == len(reader.tokens) else None
 
 
 class _Malformed(Exception):
     pass
 
 
+class _Reader:
+    """Recursive descent: a total of products of factors."""
+
+    def __init__(self, tokens: list[str]) -> None:
+        self.tokens, self.at = tokens, 0
+        self.used: list[int] = []
+
+    def next_in(self, wanted: str) -> bool:
+        return self.at < len(self.tokens) and self.tokens[self.at] in wanted
+
+    def total(self) -> int:
+        value = self.product()
+        while self.next_in("+-"):
+            sign = 1 if self.tokens[self.at] == "+" else -1
+            self.at += 1
+            value += sign * self.product()
+        return value
+
+    def product(self) -> int:
+        value = self.factor()
+        while self.next_in("*"):
+            self.at += 1
+            value *= self.factor()
+        return value
+
+    def factor(self) -> int:
+        if self.next_in("("):
+            self.at += 1
+            value = self.total()
+            if not self.next_in(")"):
+                raise _Malformed
+            self.at += 1
+            return value
+        if self.at == len(self.tokens) or not self.tokens[self.at].isdigit():
+            raise _Malformed
+        self.at += 1
+        self.used.append(int(self.tokens[self.at - 1]))
+        return self.used[-1]
+
+
 def solutions(numbers: list[int], target: int) -> set[str]:
     """Every way to reach the target, written once whatever the order of sums and products."""
     found: set[str] = set()
-    seen: set[tuple[tuple[int, str], ...]] = set()
-
-    def search(items: tuple[tuple[int, str], ...]) -> None:
-        if items in seen:
-            return
-        seen.add(items)
+    start = tuple(sorted((n, str(n)) for n in numbers))
+    seen, open_states = {start}, [start]
+    while open_states:
+        items = open_states.pop()
         for i, (a, x) in enumerate(items):
             for j, (b, y) in enumerate(items):
                 if i == j:
                     continue
-                rest = [items[k] for k in range(len(items)) if k not in (i, j)]
                 made = [(a - b, f"({x}-{y})")]
-                if (a, x) <= (b, y):
+                if i < j:  # items are sorted, so that a sum or product is written one way
                     made += [(a + b, f"({x}+{y})"), (a * b, f"({x}*{y})")]
+                rest = [items[k] for k in range(len(items)) if k not in (i, j)]
                 for value, text in made:
                     if value == target:
                         found.add(text[1:-1])
-                    search(tuple(sorted([*rest, (value, text)])))
-
-    search(tuple(sorted((n, str(n)) for n in numbers)))
+                    state = tuple(sorted([*rest, (value, text)]))
+                    if state not in seen:
+                        seen.add(state)
+                        open_states.append(state)
     return found
 
 
@@ -205,14 +219,14 @@ def search(random: Random, task: Task) -> Example:
 
 
 TRIES = 5  # misses in one thought at most: bounds its length
-SEARCH = 0.2  # how often the base model searches unasked
+SEARCH = 0.55  # how often the base model searches unasked
 
 
 def habit(random: Random, task: Task) -> Example:
-    """Usually an expression at once, which tends to miss; sometimes a search."""
+    """A search, or an expression at once, which tends to miss."""
     if random.random() < SEARCH:
         return search(random, task)
-    hit = random.random() < 0.15
+    hit = random.random() < 0.35
     answer = task.answer if hit else expression(trial(random, task))
     return Example(task.prompt, completion("", answer))
 
@@ -242,7 +256,7 @@ COUNTDOWN = World(
     },
     course=(Phase(search, steps=1000, learning_rate=2e-3, final=0.02), Phase(habit, steps=100, learning_rate=5e-4, warmup=10)),
     defaults={
-        "policy": {"max_new_tokens": 128, "temperature": 1.0},
+        "policy": {"max_new_tokens": 160, "temperature": 1.0},
         "fit": {"steps": 50, "prompts_per_step": 16, "paths_per_prompt": 16, "learning_rate": 4e-5},
         "eval": {"tasks": 120, "samples": 4},
         "recipe_args": {"beta": 0.0},
