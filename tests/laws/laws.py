@@ -364,6 +364,8 @@ EXPECTED: dict[str, tuple[float, float]] = {
     "asymre": (0.725, -0.275),
     "red-drop": (0.5, -0.5),  # of the five wrong paths the two with the lowest lots are dropped: DROPPED
     "red-weight": (1.167654, -0.257733),  # .625 e^.625, -.375 e^-.375
+    "multi-objective-grpo": (1.207612, -0.724567),
+    "gdpo": (1.207494, -0.724496),  # normalised twice: over the group, then over a batch that is this group
 }
 
 # Where a group's lots are 0, 1/8, 2/8, ..., these rows are dropped and have the advantage 0.

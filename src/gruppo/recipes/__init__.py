@@ -20,8 +20,10 @@ from gruppo.recipes.cispo import cispo
 from gruppo.recipes.corrected import corrected, grpo_mis, grpo_tis
 from gruppo.recipes.dapo import dapo
 from gruppo.recipes.dr_grpo import dr_grpo
+from gruppo.recipes.gdpo import gdpo
 from gruppo.recipes.grpo import grpo
 from gruppo.recipes.gspo import gspo, gspo_token
+from gruppo.recipes.multi_objective import multi_objective
 from gruppo.recipes.opmd import kimi_opmd, opmd
 from gruppo.recipes.rec import (
     rec_oneside,
@@ -199,6 +201,22 @@ RECIPES: dict[str, Entry] = {
         ),
         Entry("2509.24203/red-drop", "red-drop", OFF_POLICY, red_drop, base="rec-reinforce", tiny=TINY),
         Entry("2509.24203/red-weight", "red-weight", OFF_POLICY, red_weight, base="rec-reinforce", tiny=TINY),
+        Entry(
+            "2503.21819",
+            "multi-objective-grpo",
+            "Optimizing Safe and Aligned Language Generation: A Multi-Objective GRPO Approach",
+            multi_objective,
+            aliases=("multi-objective",),
+            tiny=TINY,
+        ),
+        Entry(
+            "2601.05242",
+            "gdpo",
+            "GDPO: Group reward-Decoupled Normalization Policy Optimization for Multi-reward RL Optimization",
+            gdpo,
+            base="multi-objective-grpo",
+            tiny={"n": 8, "weights": {"reward": 1.0}},  # the run's own sum as the one objective
+        ),
     )
 }
 
