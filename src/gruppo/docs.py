@@ -32,6 +32,7 @@ STATISTICS = {
     "entropy": "mean entropy of the next-step distribution, in nats. A fall towards 0 means that sampling no longer explores",
     "kl": "mean divergence from the reference per step, in nats, as the loss adds it",
     "weight": "mean of the bounded importance weight that multiplies each step's gradient",
+    "square": "mean squared distance, in nats, of the log-probabilities from those of the policy that sampled",
     "sampler_weight": "mean importance weight between sampler and trainer. 1 where they are one program",
     "grad_norm": "norm of the gradient before it is clipped",
 }

@@ -6,7 +6,7 @@ policy itself with other numbers in its parameters, so that a reference can neve
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,31 +33,38 @@ class Average:
         return Ema(policy, self.decay, self.every)
 
 
+def snapshot(policy: Any) -> list[Tensor]:
+    """A copy of the trained parameters, in their order."""
+    return [p.detach().clone() for p in policy.parameters()]
+
+
+@contextmanager
+def swapped(policy: Any, weights: Sequence[Tensor]) -> Iterator[None]:
+    """The policy with other numbers in its trained parameters; may be nested, and gives its own numbers back."""
+    own = [p.data for p in policy.parameters()]
+    for p, w in zip(policy.parameters(), weights, strict=True):
+        p.data = w.to(p)
+    try:
+        yield
+    finally:
+        for p, w in zip(policy.parameters(), own):
+            p.data = w
+
+
 class _Swapped:
     """Evaluates the policy with other numbers in its trained parameters."""
 
     def __init__(self, policy: Any) -> None:
         self.policy = policy
-        self.weights = [p.detach().clone() for p in policy.parameters()]
-
-    @contextmanager
-    def inside(self) -> Iterator[None]:
-        own = [p.data for p in self.policy.parameters()]
-        for p, w in zip(self.policy.parameters(), self.weights):
-            p.data = w.to(p.dtype)
-        try:
-            yield
-        finally:
-            for p, w in zip(self.policy.parameters(), own):
-                p.data = w
+        self.weights = snapshot(policy)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Steps:
-        with self.inside():
+        with swapped(self.policy, self.weights):
             return self.policy.evaluate(batch)
 
     def score(self, paths: list[Path]) -> list[Tensor]:
-        with self.inside():
+        with swapped(self.policy, self.weights):
             return self.policy.score(paths)
 
 

@@ -3,12 +3,14 @@
 from gruppo.rollouts.conversation import Conversation, Tags, Talk, ToolCalls, Transcript, WithTools, talked
 from gruppo.rollouts.dynamic import Dynamic
 from gruppo.rollouts.parallel import Parallel, Reread, WithReference
+from gruppo.rollouts.stale import Stale
 
 __all__ = [
     "Conversation",
     "Dynamic",
     "Parallel",
     "Reread",
+    "Stale",
     "Tags",
     "Talk",
     "ToolCalls",

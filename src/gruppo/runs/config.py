@@ -80,10 +80,27 @@ class FitSection(Section):
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
+    skip_grad_norm: float | None = Field(None, gt=0)  # an optimizer step whose gradient norm reaches this is left out
     epochs: int | None = Field(None, ge=1)  # passes over each step's paths; the recipe's own when not given
     updates_per_epoch: int | None = Field(None, ge=1)  # optimizer steps per pass
     token_budget: int = Field(8192, ge=1)  # tokens per forward and backward; changes memory, never the gradient
+    sync_every: int = 1  # iterations between two transfers of the trained weights to the sampler
+    sync_lag: int = 0  # iterations that the weights are old when they arrive
     seed: int = 0
+
+    @field_validator("sync_every")
+    @classmethod
+    def _sent(cls, n: int) -> int:
+        if n < 1:
+            raise GruppoError(f"fit.sync_every is {n}; the sampler gets new weights every so many iterations, at least every 1")
+        return n
+
+    @field_validator("sync_lag")
+    @classmethod
+    def _late(cls, n: int) -> int:
+        if n < 0:
+            raise GruppoError(f"fit.sync_lag is {n}; the sampler's weights cannot be newer than the trainer's, so at least 0")
+        return n
 
     @field_validator("paths_per_prompt")
     @classmethod
@@ -376,8 +393,10 @@ def derived(config: RunConfig) -> dict[str, str]:
         rows = fit.prompts_per_step * fit.paths_per_prompt
         updates = (fit.epochs or 1) * (fit.updates_per_epoch or 1)
         own = "" if fit.epochs or fit.updates_per_epoch else " (unless the recipe says otherwise)"
+        oldest = fit.sync_every - 1 + fit.sync_lag
+        age = f", sampled with weights {fit.sync_lag} to {oldest} steps old" if oldest else ""
         out[f"stage {stage + 1}" if config.stages else "run"] = (
             f"{fit.steps} steps of {fit.prompts_per_step} prompts x {fit.paths_per_prompt} paths = {rows} rows, at most "
-            f"{rows * policy.max_new_tokens} sampled tokens, {updates} optimizer step{'s' * (updates > 1)} per step{own}"
+            f"{rows * policy.max_new_tokens} sampled tokens, {updates} optimizer step{'s' * (updates > 1)} per step{own}{age}"
         )
     return out

@@ -28,6 +28,7 @@ from gruppo.policies.reference import initial
 from gruppo.policies.token import TokenPolicy
 from gruppo.recipe import Recipe, check_needs, whole
 from gruppo.recipes import find, recipe
+from gruppo.rollouts.stale import stale
 from gruppo.runs import data as tasks_of
 from gruppo.runs import threads as torch_threads
 from gruppo.runs.config import RunConfig, arguments, dump, read, validate
@@ -184,8 +185,11 @@ class Session:
             own = self.config.at(n)
             before = out[-1] if out else None
             same = before is not None and (own.recipe, own.recipe_args) == (before.config.recipe, before.config.recipe_args)
-            same = same and before is not None and own.fit.paths_per_prompt == before.config.fit.paths_per_prompt
-            made = before.recipe if same and before is not None else recipe_of(own, self.given)
+            same = same and before is not None and sampling(own) == sampling(before.config)
+            if same and before is not None:
+                made = before.recipe
+            else:
+                made = stale(recipe_of(own, self.given), own.fit.sync_every, own.fit.sync_lag, begin)
             seed = own.fit.seed + n
             tasks = self.tasks[n]
             if tasks is not None:
@@ -299,6 +303,7 @@ class Session:
             ref=self.reference,
             budget=own.fit.token_budget,
             max_grad_norm=own.fit.max_grad_norm,
+            skip_grad_norm=own.fit.skip_grad_norm,
         )
         while self.step < stage.end:
             began = time.perf_counter()
@@ -311,6 +316,9 @@ class Session:
             record = measure(done, step=step, now=time.time(), seconds=seconds, lr=stage.rate(step))
             if len(self.stages) > 1:
                 record["stage"] = self.stage + 1
+            if own.fit.sync_every > 1 or own.fit.sync_lag:
+                ages = [step - 1 - p.version for g in done.groups for p in g.paths]
+                record["stale"] = sum(ages) / len(ages)
             logged = stage.grade.take_metrics()
             if logged:
                 record["logged"] = logged
@@ -471,6 +479,11 @@ def build_policy(config: RunConfig, given: Given, folder: RunFolder | None = Non
         sample_rows=own.sample_rows,
     )
     return policy if world is None else world.equipped(policy)
+
+
+def sampling(config: RunConfig) -> tuple[int, int, int]:
+    """What a stage may change about sampling under the same recipe."""
+    return config.fit.paths_per_prompt, config.fit.sync_every, config.fit.sync_lag
 
 
 def recipe_of(config: RunConfig, given: Given) -> Recipe:
