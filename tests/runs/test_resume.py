@@ -261,3 +261,13 @@ def test_python_data_is_read_back_on_resume(tmp_path: Path) -> None:
     assert len(resumed.held_out) == 3
     resumed.run(Quiet())
     assert resumed.step == 4
+
+
+def test_the_best_score_so_far_survives_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([0.0, 0.9, 0.1, 0.2])  # before, then after steps 1, 2 and 3
+    monkeypatch.setattr("gruppo.runs.session.headline", lambda found: ("mean@2", next(scores)))
+    with pytest.raises(Killed):
+        session(tmp_path, name="broken", eval={"every": 1}, track={"save_every": 1, "keep_last": 1}).run(kill_at(3))
+    resumed = Session.resume(tmp_path / "runs" / "broken", say=silent)
+    assert resumed.step == 2
+    assert resumed.best == {"step": 1, "metric": "mean@2", "score": 0.9}

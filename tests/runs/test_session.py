@@ -170,13 +170,17 @@ def test_a_broken_reward_is_refused_before_step_0(tmp_path: Path, body: str, sen
 
 def test_a_signal_that_the_recipe_needs_and_nobody_gives_is_refused(tmp_path: Path) -> None:
     needy = replace(recipe("grpo", n=4), needs=(Signal("process", "gates the outcome"),))
-    with pytest.raises(GruppoError, match=r"reads the signal 'process' \(gates the outcome\), but .* give only: vowels, reward"):
+    with pytest.raises(
+        GruppoError, match=r"reads the signal 'process' \(gates the outcome\), but .* give only: vowels, reward\."
+    ):
         Session.new(config(tmp_path), Given(recipe=needy), silent)
 
 
 def test_a_column_that_the_recipe_needs_and_the_data_lack_is_refused(tmp_path: Path) -> None:
     needy = replace(recipe("grpo", n=4), needs=(Column("hints"),))
-    with pytest.raises(GruppoError, match="reads the column 'hints', but the tasks have only: answer, difficulty, prompt"):
+    with pytest.raises(
+        GruppoError, match=r"reads the column 'hints', but 36 of 36 tasks lack it, .* its columns are: prompt, difficulty, answer"
+    ):
         Session.new(config(tmp_path), Given(recipe=needy), silent)
 
 
@@ -291,3 +295,12 @@ def test_held_out_rows_are_never_trained_on(tmp_path: Path) -> None:
     held = {t.prompt for t in run.held_out}
     assert len(held) == 8
     assert not held & {t.prompt for t in run.stream.take(64)}
+
+
+def test_what_abstains_in_an_evaluation_is_not_counted_as_training(tmp_path: Path) -> None:
+    (tmp_path / "shy.py").write_text("def shy(completions, **_): return [None if t[:1] > '5' else 1.0 for t in completions]")
+    run = session(tmp_path, rewards=[f"{tmp_path / 'shy.py'}:shy"], eval={"every": 1})
+    run.run(Quiet())
+    counted = sum(r["abstained"] for r in run.folder.records(run.folder.metrics))
+    assert counted > 0
+    assert run.stages[0].grade.abstained["shy"] == counted
