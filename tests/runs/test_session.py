@@ -298,7 +298,9 @@ def test_held_out_rows_are_never_trained_on(tmp_path: Path) -> None:
 
 
 def test_what_abstains_in_an_evaluation_is_not_counted_as_training(tmp_path: Path) -> None:
-    (tmp_path / "shy.py").write_text("def shy(completions, **_): return [None if t[:1] > '5' else 1.0 for t in completions]")
+    (tmp_path / "shy.py").write_text(
+        "def shy(completions, **_): return [None if t[:1] in 'I%/2KL' else 1.0 for t in completions]"
+    )
     run = session(tmp_path, rewards=[f"{tmp_path / 'shy.py'}:shy"], eval={"every": 1})
     run.run(Quiet())
     counted = sum(r["abstained"] for r in run.folder.records(run.folder.metrics))
