@@ -24,7 +24,7 @@ class Iteration:
 
     groups: list[Group]  # with reward and advantage, after `across`
     stats: dict[str, float]
-    updates: int  # optimizer steps taken; 0 when there was nothing to learn from
+    updates: int  # optimizer steps taken, skipped ones left out; 0 when there was nothing to learn from
 
 
 def iterate(
@@ -38,8 +38,12 @@ def iterate(
     ref: Reference | None = None,
     budget: int = 8192,
     max_grad_norm: float = 1.0,
+    skip_grad_norm: float | None = None,
 ) -> Iteration:
-    """Sample, reward, compare, and step the optimizer where the recipe's cadence says."""
+    """Sample, reward, compare, and step the optimizer where the recipe's cadence says.
+
+    A gradient whose norm, before it is clipped, reaches `skip_grad_norm` changes nothing: that step is left out.
+    """
     groups = recipe.rollout(policy, tasks, grade, rng)
     groups = [g.with_(reward=recipe.reward(g)) for g in groups]
     groups = [drop_abstained(g) for g in groups]
@@ -57,12 +61,17 @@ def iterate(
         norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), max_grad_norm))
         if not (math.isfinite(norm) and math.isfinite(stats["loss"])):
             raise NotFinite(f"the loss is {stats['loss']} and its gradient norm {norm}; no optimizer step was taken", groups)
-        optimizer.step()
+        if skip_grad_norm is None:
+            optimizer.step()
+        else:
+            stats["skipped"] = float(norm >= skip_grad_norm)
+            if not stats["skipped"]:
+                optimizer.step()
         totals.append({**stats, "grad_norm": norm})
     for memory in (*recipe.state, *(() if ref is None else (ref,))):
         memory.update(groups)
     mean = {name: sum(t[name] for t in totals) / len(totals) for name in totals[0]} if totals else {}
-    return Iteration(groups, mean, updates=len(totals))
+    return Iteration(groups, mean, updates=sum(not t.get("skipped") for t in totals))
 
 
 def accumulate(policy: Policy, batch: Batch, recipe: Recipe, *, ref: Reference | None, budget: int) -> dict[str, float]:
@@ -96,10 +105,22 @@ def fit(
     ref: Reference | None = None,
     budget: int = 8192,
     max_grad_norm: float = 1.0,
+    skip_grad_norm: float | None = None,
 ) -> Iterator[tuple[int, Iteration]]:
     """Iterations start+1 .. steps, one at a time. `draw` gives the next tasks, `rate(step)` the learning rate."""
     for step in range(start + 1, steps + 1):
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
-        done = iterate(policy, draw(), grade, recipe, optimizer, rng, ref=ref, budget=budget, max_grad_norm=max_grad_norm)
+        done = iterate(
+            policy,
+            draw(),
+            grade,
+            recipe,
+            optimizer,
+            rng,
+            ref=ref,
+            budget=budget,
+            max_grad_norm=max_grad_norm,
+            skip_grad_norm=skip_grad_norm,
+        )
         yield step, done

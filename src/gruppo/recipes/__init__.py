@@ -39,6 +39,7 @@ from gruppo.recipes.rloo import rloo
 from gruppo.recipes.scalerl import scalerl
 from gruppo.recipes.seed_grpo import seed_grpo
 from gruppo.recipes.stratified_grpo import lengths, stratified_grpo
+from gruppo.recipes.unlikeliness import unlikeliness
 from gruppo.types import GruppoError
 
 
@@ -164,6 +165,14 @@ RECIPES: dict[str, Entry] = {
             base="dr-grpo",
             tiny={"n": 8, "length": 8},
             laws={"weight": "the weights sum to mean length / `length`, as Dr.GRPO's do"},
+        ),
+        Entry(
+            "2506.02355",
+            "unlikeliness",
+            "Rewarding the Unlikely: Lifting GRPO Beyond Distribution Sharpening",
+            unlikeliness,
+            aliases=("unlikeliness-reward",),
+            tiny={"n": 8, "beta": 0.02, "epochs": 3},
         ),
         Entry("2509.24203/reinforce", "rec-reinforce", OFF_POLICY, rec_reinforce, tiny=TINY),
         Entry(

@@ -81,6 +81,7 @@ class FitSection(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
     skip_grad_norm: float | None = Field(None, gt=0)  # an optimizer step whose gradient norm reaches this is left out
+    skip_grad_norm: float | None = Field(None, gt=0)  # an optimizer step whose gradient norm reaches this is left out
     epochs: int | None = Field(None, ge=1)  # passes over each step's paths; the recipe's own when not given
     updates_per_epoch: int | None = Field(None, ge=1)  # optimizer steps per pass
     token_budget: int = Field(8192, ge=1)  # tokens per forward and backward; changes memory, never the gradient

@@ -304,6 +304,7 @@ class Session:
             budget=own.fit.token_budget,
             max_grad_norm=own.fit.max_grad_norm,
             skip_grad_norm=own.fit.skip_grad_norm,
+            skip_grad_norm=own.fit.skip_grad_norm,
         )
         while self.step < stage.end:
             began = time.perf_counter()
