@@ -70,6 +70,7 @@ def train(
     model: Any = None,
     recipe: str | Recipe = "grpo",
     data: Any = None,
+    offline: str | Path | Sequence[str | Path] = (),
     rewards: Any = None,
     weights: dict[str, float] | list[float] | None = None,
     world: str | None = None,
@@ -91,8 +92,8 @@ def train(
     """Train and return the run.
 
     `model`: hub id, folder or loaded model. `data`: path, `datasets.Dataset` or list of dictionaries with `prompt`. `rewards`:
-    TRL functions, graders, or their names. `policy`, `fit`, `eval` and `track` are the sections of a run file, checked the same
-    way; `config` is a whole run, which the other arguments change.
+    TRL functions, graders, or their names. `offline`: stored groups to train on instead of sampling. `policy`, `fit`, `eval` and
+    `track` are the sections of a run file, checked the same way; `config` is a whole run, which the other arguments change.
     """
     given = Given(
         model=None if isinstance(model, (str, Path)) else model,
@@ -109,6 +110,7 @@ def train(
         "model": None if model is None else str(model) if given.model is None else "a Python object",
         "tokenizer": str(tokenizer) if isinstance(tokenizer, (str, Path)) else None,
         "data": None if data is None else str(data) if given.data is None else "a Python object",
+        "offline": [str(f) for f in ([offline] if isinstance(offline, (str, Path)) else offline)] or None,
         "rewards": None if given.rewards is None else [name_of_reward(r) for r in given.rewards],
         "weights": weights,
         "recipe": recipe if isinstance(recipe, str) else None,
@@ -227,6 +229,7 @@ def evaluation_of(
             raise GruppoError(f"the run {path} has no checkpoint of step {step}; it keeps: {', '.join(map(str, steps))}")
         model = str(folder.checkpoint(steps[-1] if step is None else step))
         base |= {"model": model, "tokenizer": model}
+        base["offline"] = []
         base["policy"] = {**base.get("policy", {}), "lora": None}
     else:
         base = {"model": target}

@@ -132,6 +132,10 @@ def train(
     data: Annotated[
         str | None, typer.Option(help="JSONL, JSON, Parquet, CSV or a saved dataset, with a column `prompt`.")
     ] = None,
+    offline: Annotated[
+        list[str] | None,
+        typer.Option(help="Train on stored groups instead of sampling: a parquet file, a folder or a run; may be repeated."),
+    ] = None,
     reward: Annotated[
         list[str] | None, typer.Option(help="module:function, file.py:function or a reward model's folder; may be repeated.")
     ] = None,
@@ -151,6 +155,8 @@ def train(
 
       gruppo train --model ./my-model --data problems.jsonl --reward my_rewards:correct policy.temperature=0.8
 
+      gruppo train --recipe rec-oneside --world arithmetic --offline runs/grpo-arithmetic
+
       gruppo train run.yaml fit.learning_rate=3e-6 --name second-try
     """
     from gruppo.runs.config import assemble, dump, overrides, read
@@ -162,7 +168,16 @@ def train(
         from gruppo.types import GruppoError
 
         raise GruppoError(f"{files[1]!r} is neither a setting (section.key=value) nor the first run file; one run file is read")
-    asked = {"recipe": recipe, "world": world, "model": model, "data": data, "rewards": reward, "name": name, "folder": folder}
+    asked = {
+        "recipe": recipe,
+        "world": world,
+        "model": model,
+        "data": data,
+        "offline": offline,
+        "rewards": reward,
+        "name": name,
+        "folder": folder,
+    }
     layers = [{k: v for k, v in asked.items() if v}, {"track": {"to": track}} if track else {}]
     config = assemble(given, *layers, overrides([w for w in words if "=" in w]))
     if dry:

@@ -4,6 +4,7 @@ from gruppo.rollouts.conversation import Conversation, Tags, Talk, ToolCalls, Tr
 from gruppo.rollouts.dynamic import Dynamic
 from gruppo.rollouts.parallel import Parallel, Reread, WithReference
 from gruppo.rollouts.stale import Stale
+from gruppo.rollouts.stored import Stored
 
 __all__ = [
     "Conversation",
@@ -11,6 +12,7 @@ __all__ = [
     "Parallel",
     "Reread",
     "Stale",
+    "Stored",
     "Tags",
     "Talk",
     "ToolCalls",

@@ -81,7 +81,6 @@ class FitSection(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
     skip_grad_norm: float | None = Field(None, gt=0)  # an optimizer step whose gradient norm reaches this is left out
-    skip_grad_norm: float | None = Field(None, gt=0)  # an optimizer step whose gradient norm reaches this is left out
     epochs: int | None = Field(None, ge=1)  # passes over each step's paths; the recipe's own when not given
     updates_per_epoch: int | None = Field(None, ge=1)  # optimizer steps per pass
     token_budget: int = Field(8192, ge=1)  # tokens per forward and backward; changes memory, never the gradient
@@ -165,6 +164,7 @@ class RunConfig(Section):
     tokenizer: str | None = None
     data: str | None = None
     only: dict[str, list[Cell] | Cell] | None = None  # keep only the tasks whose column has (one of) these values
+    offline: list[str] = []  # stored groups to train on instead of sampling: files, folders of them, or runs
     rewards: list[str] = []  # module:function, file.py:function, or the folder of a reward model
     weights: dict[str, float] | list[float] = {}  # by signal, or one per reward
     policy: PolicySection = PolicySection.model_construct()
@@ -177,7 +177,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> RunConfig:
-        if self.world is None:
+        if self.offline:
+            self._stored()
+        elif self.world is None:
             missing = [k for k in ("model", "data", "rewards") if not getattr(self, k)]
             if missing:
                 raise GruppoError(
@@ -194,6 +196,21 @@ class RunConfig(Section):
         for stage in range(len(self.stages)):
             self.at(stage)
         return self
+
+    def _stored(self) -> None:
+        """What a run on stored groups needs, and what would have no effect in it."""
+        if self.world is None and not self.model:
+            raise GruppoError("training on stored groups needs the model that is trained: give --model PATH, or --world NAME")
+        if self.data:
+            raise GruppoError(
+                f"the prompts come with the stored groups, so data {self.data} would not be used; held-out problems are eval.data"
+            )
+        if self.fit.sync_every != 1 or self.fit.sync_lag:
+            raise GruppoError("nothing is sampled while training on stored groups; remove fit.sync_every and fit.sync_lag")
+        if self.eval.data and not self.rewards and self.world is None:
+            raise GruppoError(f"completions of eval.data {self.eval.data} need a grade: give --reward module:function")
+        if isinstance(self.weights, list) and self.weights and not self.rewards:
+            raise GruppoError("the weights are a list, but stored signals have names; write them as name: number")
 
     def at(self, stage: int) -> RunConfig:
         """The run as it is in one stage; without stages, the run itself."""
@@ -394,6 +411,12 @@ def derived(config: RunConfig) -> dict[str, str]:
         rows = fit.prompts_per_step * fit.paths_per_prompt
         updates = (fit.epochs or 1) * (fit.updates_per_epoch or 1)
         own = "" if fit.epochs or fit.updates_per_epoch else " (unless the recipe says otherwise)"
+        if config.offline:
+            out[f"stage {stage + 1}" if config.stages else "run"] = (
+                f"{fit.steps} steps of {fit.prompts_per_step} stored groups, {updates} optimizer step{'s' * (updates > 1)} per "
+                f"step{own}; nothing is sampled"
+            )
+            continue
         oldest = fit.sync_every - 1 + fit.sync_lag
         age = f", sampled with weights {fit.sync_lag} to {oldest} steps old" if oldest else ""
         out[f"stage {stage + 1}" if config.stages else "run"] = (

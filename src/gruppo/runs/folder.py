@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gruppo.runs.measure import finite
-from gruppo.types import Group, GruppoError
+from gruppo.types import Group, GruppoError, Task
 
 LAST = "state.pt"  # in a checkpoint: everything but the weights
 
@@ -223,19 +223,24 @@ def table(step: int, groups: list[Group], tokenizer: Any) -> Any:
                     "step": step,
                     "group": n,
                     "row": i,
+                    "problem": problem(group.task),
                     "prompt": tokenizer.decode(path.prompt.tolist()) if isinstance(path.prompt, Tensor) else str(path.prompt),
                     "answer": plain(group.task.answer),
                     "task": json.dumps(dict(group.task.extra), default=str, ensure_ascii=False),
                     "output": path.output if isinstance(path.output, str) else json.dumps(path.output, default=str),
+                    "prompt_tokens": path.prompt.tolist() if isinstance(path.prompt, Tensor) else None,
                     "tokens": path.steps.tolist(),
                     "token_text": [text(t) for t in path.steps.tolist()],
                     "logp": path.logp.tolist(),
+                    "logp_train": None if path.logp_train is None else path.logp_train.tolist(),
                     "mask": path.mask.tolist(),
+                    "unit": None if path.unit is None else path.unit.tolist(),
                     "advantage": advantage,
                     "reward": value if value is None else value.tolist(),
                     "signals": json.dumps({name: finite(signal(v, i)) for name, v in group.signals.items()}, default=str),
                     "truncated": path.truncated,
                     "off_policy": path.off_policy,
+                    "version": path.version,
                     "fork": None if path.fork is None else f"{path.fork[0]}:{path.fork[1]}",
                 }
             )
@@ -244,19 +249,30 @@ def table(step: int, groups: list[Group], tokenizer: Any) -> Any:
     schema = pa.schema(
         {
             **dict.fromkeys(("step", "group", "row"), pa.int32()),
-            **dict.fromkeys(("prompt", "answer", "task", "output"), pa.string()),
+            **dict.fromkeys(("problem", "prompt", "answer", "task", "output"), pa.string()),
+            "prompt_tokens": pa.list_(pa.int32()),
             "tokens": pa.list_(pa.int32()),
             "token_text": pa.list_(pa.string()),
-            "logp": pa.list_(number),
+            **dict.fromkeys(("logp", "logp_train"), pa.list_(number)),
             "mask": pa.list_(pa.bool_()),
+            "unit": pa.list_(pa.int32()),
             "advantage": pa.list_(number),
             "reward": pa.list_(number) if columns else number,
             "signals": pa.string(),
             **dict.fromkeys(("truncated", "off_policy"), pa.bool_()),
+            "version": pa.int32(),
             "fork": pa.string(),
         }
     )
     return pa.Table.from_pylist(rows, schema=schema)
+
+
+def problem(task: Task) -> str | None:
+    """Prompt and answer as the data had them, so that a stored completion can be graded again; None where they are not JSON."""
+    try:
+        return json.dumps({"prompt": task.prompt, "answer": task.answer}, ensure_ascii=False)
+    except TypeError:
+        return None
 
 
 def plain(value: Any) -> str | None:

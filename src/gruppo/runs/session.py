@@ -29,6 +29,7 @@ from gruppo.policies.token import TokenPolicy
 from gruppo.recipe import Recipe, check_needs, whole
 from gruppo.recipes import find, recipe
 from gruppo.rollouts.stale import stale
+from gruppo.rollouts.stored import Stored, offline, read_groups
 from gruppo.runs import data as tasks_of
 from gruppo.runs import threads as torch_threads
 from gruppo.runs.config import RunConfig, arguments, dump, read, validate
@@ -148,8 +149,12 @@ class Session:
         config, out = self.config, []
         held: list[Task] = []
         world = world_of(config)
+        self.buffer = read_groups(config.offline, self.policy) if config.offline else []
         for n in range(max(1, len(config.stages))):
             own = config.at(n)
+            if self.buffer:
+                out.append(tasks_of.only([g.task for g in self.buffer], own.only))
+                continue
             if own.data is None and self.given.data is None:
                 out.append(None)
                 continue
@@ -189,7 +194,9 @@ class Session:
             if same and before is not None:
                 made = before.recipe
             else:
-                made = stale(recipe_of(own, self.given), own.fit.sync_every, own.fit.sync_lag, begin)
+                made = recipe_of(own, self.given)
+                made = offline(made, self._stored(own)) if self.buffer else made
+                made = stale(made, own.fit.sync_every, own.fit.sync_lag, begin)
             seed = own.fit.seed + n
             tasks = self.tasks[n]
             if tasks is not None:
@@ -199,6 +206,15 @@ class Session:
             out.append(Stage(own, made, grading_of(own, self.given), at, begin, end, rate_of(own, begin)))
             begin = end
         return out
+
+    def _stored(self, config: RunConfig) -> Stored:
+        """The buffer as a rollout: stored rewards, other weights of stored signals, or new grades."""
+        world = world_of(config)
+        regrade = bool(config.rewards)
+        weights = None if regrade else config.weights or (None if world is None else world.weights)
+        stored = Stored(", ".join(config.offline), self.buffer, dict(weights) if weights else None, regrade)
+        stored.check()
+        return stored
 
     def _enter(self, n: int) -> None:
         """Switch to a stage: its stream from the beginning, its recipe, its numbers."""
@@ -227,8 +243,16 @@ class Session:
             task = stage.at(0)
             check_needs(stage.recipe, self.tasks[n] or [task])
             rng = torch.Generator().manual_seed(stage.config.fit.seed)
-            paths = self.policy.sample([task.prompt] * 2, g=rng, max_new=min(32, self.policy.max_new))
+            asked, longest = task.prompt, min(32, self.policy.max_new)
+            if self.buffer:  # as it was read: the prompt's text is not tokenised again
+                first = self.buffer[0].paths[0]
+                asked, longest = first.prompt, min(longest, len(first))
+            paths = self.policy.sample([asked] * 2, g=rng, max_new=longest)
             self._agree(paths)
+            if self.buffer:
+                regraded = stage.config.rewards and stage.grade.preflight(self.buffer[:1])
+                check_needs(stage.recipe, (), regraded or self.buffer)
+                continue
             graded = stage.grade.preflight([Group(task, paths)])[0]
             check_needs(stage.recipe, (), [graded])
         self._enter(0)
@@ -252,7 +276,8 @@ class Session:
         out = {
             "parameters": f"{sum(p.numel() for p in parameters):,} trained of {total:,}",
             "rewards": "; ".join(f"{name} x {weight:g}" for name, weight in self.stages[0].grade.weights.items()),
-            "training tasks": " and ".join(f"{n:,} rows" for n in rows) or "an endless stream",
+            "stored groups" if self.buffer else "training tasks": " and ".join(f"{n:,} rows" for n in rows)
+            or "an endless stream",
             "held-out tasks": f"{len(self.held_out):,}",
         }
         ignored = ignored_sampling(self.policy.model, self.policy.temperature)
@@ -303,7 +328,6 @@ class Session:
             ref=self.reference,
             budget=own.fit.token_budget,
             max_grad_norm=own.fit.max_grad_norm,
-            skip_grad_norm=own.fit.skip_grad_norm,
             skip_grad_norm=own.fit.skip_grad_norm,
         )
         while self.step < stage.end:
@@ -515,6 +539,8 @@ def grading_of(config: RunConfig, given: Given) -> Any:
     world = world_of(config)
     rewards = list(given.rewards) if given.rewards is not None else list(config.rewards)
     weights = config.weights or None
+    if world is None and config.offline and not rewards:
+        return Grading([], {} if weights is None else dict(weights))
     if world is None:
         return build(rewards, weights)
     if not rewards:
@@ -557,6 +583,7 @@ def resolve(config: RunConfig, given: Given, say: Callable[[str], None]) -> RunC
         threads = choice.threads
         say(f"torch threads: {choice}")
     changes: dict[str, Any] = {"policy": policy.model_copy(update={"device": device, "threads": threads})}
+    changes["offline"] = [absolute(source) or source for source in config.offline]
     for key in ("model", "tokenizer", "data"):
         changes[key] = absolute(getattr(config, key))
     changes["rewards"] = [absolute_reward(r) for r in config.rewards]
@@ -591,7 +618,7 @@ def absolute_reward(reward: str) -> str:
 def default_name(config: RunConfig, given: Given) -> str:
     """`grpo-arithmetic`, `dapo-problems`: the recipe and what it trains on."""
     nickname = "recipe" if given.recipe is not None or config.recipe == RECIPE_FILE else find(config.recipe).nickname
-    about = config.world or (Path(config.data).stem if config.data else "data")
+    about = config.world or (Path(config.data).stem if config.data else "stored" if config.offline else "data")
     return "".join(c if c.isalnum() or c in "._-" else "-" for c in f"{nickname}-{about}")
 
 
