@@ -31,6 +31,9 @@ class Example:
     completion: str
 
 
+Stream = Callable[[int], Example]  # an endless course: the index-th example
+
+
 @dataclass(frozen=True)
 class Progress:
     """What one optimizer step of fine-tuning did."""
@@ -46,7 +49,7 @@ class Progress:
 
 def sft(
     policy: TokenPolicy,
-    examples: Sequence[Example] | Callable[[int], Example],
+    examples: Sequence[Example] | Stream,
     *,
     steps: int,
     step_tokens: int = 8192,
@@ -238,8 +241,8 @@ def count_steps(policy: TokenPolicy, examples: Sequence[Example], epochs: float,
     return max(1, math.ceil(epochs * tokens / step_tokens))
 
 
-def _pairs(policy: TokenPolicy, examples: Any, rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    if callable(examples):
+def _pairs(policy: TokenPolicy, examples: Sequence[Example] | Stream, rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    if not isinstance(examples, Sequence):
         index = 0
         while True:
             yield encode(policy, examples(index))

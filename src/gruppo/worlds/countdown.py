@@ -257,7 +257,7 @@ COUNTDOWN = World(
     course=(Phase(search, steps=1000, learning_rate=2e-3, final=0.02), Phase(habit, steps=100, learning_rate=5e-4, warmup=10)),
     defaults={
         "policy": {"max_new_tokens": 160, "temperature": 1.0},
-        "fit": {"steps": 50, "prompts_per_step": 16, "paths_per_prompt": 16, "learning_rate": 4e-5},
+        "fit": {"steps": 30, "prompts_per_step": 16, "paths_per_prompt": 16, "learning_rate": 4e-5},
         "eval": {"tasks": 120, "samples": 4},
         "recipe_args": {"beta": 0.0},
     },
