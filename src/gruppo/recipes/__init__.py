@@ -197,7 +197,7 @@ RECIPES: dict[str, Entry] = {
         Entry("2509.24203/twoside-is", "rec-twoside-is", OFF_POLICY, rec_twoside_is, base="rec-reinforce", tiny=TINY),
         Entry("2509.24203/ring", "rec-ring", OFF_POLICY, rec_ring, base="rec-reinforce", aliases=("rec-ring-nois",), tiny=TINY),
         Entry("2509.24203/ring-is", "rec-ring-is", OFF_POLICY, rec_ring_is, base="rec-reinforce", tiny=TINY),
-        Entry("2509.24203/opmd", "opmd", OFF_POLICY, opmd, base="rec-reinforce", tiny=TINY),
+        Entry("2509.24203/opmd", "opmd", OFF_POLICY, opmd, base="rec-reinforce", tiny={"n": 8, "tau": 0.25}),
         Entry("2509.24203/kimi-opmd", "kimi-opmd", OFF_POLICY, kimi_opmd, base="rec-reinforce", tiny=TINY),
         Entry(
             "2509.24203/asymre",
@@ -208,7 +208,7 @@ RECIPES: dict[str, Entry] = {
             tiny=TINY,
             laws={"flat": "a group of equal rewards has the advantage +c throughout: it is imitated, which is the method"},
         ),
-        Entry("2509.24203/red-drop", "red-drop", OFF_POLICY, red_drop, base="rec-reinforce", tiny=TINY),
+        Entry("2509.24203/red-drop", "red-drop", OFF_POLICY, red_drop, base="rec-reinforce", tiny={"n": 16}),
         Entry("2509.24203/red-weight", "red-weight", OFF_POLICY, red_weight, base="rec-reinforce", tiny=TINY),
         Entry(
             "2503.21819",
