@@ -13,7 +13,7 @@ from tests.tiny import tiny_folder, tiny_model, tiny_policy, tiny_tokenizer
 from gruppo.policies.token import TokenPolicy
 from gruppo.recipes.grpo import grpo
 from gruppo.runs import doctor as surgery
-from gruppo.runs.doctor import doctor, memory
+from gruppo.runs.doctor import memory
 from gruppo.runs.threads import Choice
 
 PLAN = {
@@ -26,6 +26,11 @@ PLAN = {
 def _hurry(monkeypatch):
     """Half a second of timing threads is not what these tests are about."""
     monkeypatch.setattr(surgery, "choose", lambda *numbers: Choice(1, {1: 0.0}))
+
+
+def doctor(policy, recipe=None, planned=None):
+    """The examination on two short prompts of different length."""
+    return surgery.doctor(policy, recipe, planned, prompts=["12+3=", "a longer one: 45+678="])
 
 
 def failures(report) -> dict[str, str]:
@@ -69,7 +74,7 @@ def test_bf16_models_are_held_to_limits_of_their_own():
 
 
 def test_a_tokenizer_without_template_is_examined_on_strings():
-    report = doctor(TokenPolicy(tiny_model(), tiny_tokenizer(chat=False)))
+    report = surgery.doctor(TokenPolicy(tiny_model(), tiny_tokenizer(chat=False)))
     assert failures(report) == {}
     assert report["chat template"].verdict == "note"
 

@@ -398,7 +398,7 @@ def versions() -> dict[str, str]:
 def memory(policy: Any, planned: Mapping[str, Any], *, prompt: int, reference: bool) -> dict[str, float]:
     """MB that the planned run holds: constant parts, the sampler's, the trainer's, and the `peak` of them together.
 
-    Every path is taken to reach max_new_tokens. Measured resident memory of the embedded models is up to 30 % more.
+    Every path is taken to reach max_new_tokens. The resident memory of the embedded model was up to a third more (allocator).
 
     Activations are measured, not guessed: what autograd keeps for two small blocks on this model, scaled to the largest
     block of the run (a part that grows with the tokens and a part that grows with rows times length squared).
