@@ -1,6 +1,6 @@
 """A page per recipe, written from the recipe itself: nothing on it is typed twice, so nothing on it can be out of date.
 
-python -m gruppo.docs           writes docs/recipes/<nickname>.md and .svg, and the table docs/recipes/README.md
+python -m gruppo.docs           writes docs/recipes/<nickname>.md and .svg, and the tables in docs/recipes/README.md and README.md
 """
 
 from __future__ import annotations
@@ -259,7 +259,22 @@ def pages() -> dict[str, str]:
     return found
 
 
+def readme(text: str) -> str:
+    """The README with the table of methods that the code has today."""
+    head, begin, rest = text.partition("<!-- methods:begin -->\n")
+    _, end, tail = rest.partition("<!-- methods:end -->")
+    rows = []
+    for e in RECIPES.values():
+        own, golden = "yes" if worked(e) else "no", "yes" if curve(e) else "no"
+        laws = "all" if not e.laws else "all but " + ", ".join(e.laws)
+        rows.append((f"[{e.nickname}](docs/recipes/{e.nickname}.md)", f"`{e.arxiv}`", e.title, own, laws, golden))
+    columns = ("recipe", "id", "paper", "worked numbers", "laws", "recorded curve")
+    return head + begin + table(columns, rows) + "\n" + end + tail
+
+
 if __name__ == "__main__":
+    front = PAGES.parent.parent / "README.md"
+    front.write_text(readme(front.read_text()))
     PAGES.mkdir(parents=True, exist_ok=True)
     for file, text in pages().items():
         (PAGES / file).write_text(text)

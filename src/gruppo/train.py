@@ -71,12 +71,14 @@ def iterate(
     for memory in (*recipe.state, *(() if ref is None else (ref,))):
         memory.update(groups)
     mean = {name: sum(t[name] for t in totals) / len(totals) for name in totals[0]} if totals else {}
+    if totals:  # before the first update the policy is the sampler: what differs then is numerics or a mistake
+        mean["gap"] = totals[0]["gap"]
     return Iteration(groups, mean, updates=sum(not t.get("skipped") for t in totals))
 
 
 def accumulate(policy: Policy, batch: Batch, recipe: Recipe, *, ref: Reference | None, budget: int) -> dict[str, float]:
     """Backward through the batch in blocks; any block size gives the same gradient."""
-    total = {"loss": 0.0}
+    total = {"loss": 0.0, "gap": 0.0}
     share = batch.weight.sum().clamp(min=1e-12)  # statistics are means whatever constant the weights sum to
     for part in policy.split(batch, recipe.loss.scope, budget):
         now = policy.evaluate(part)
@@ -86,6 +88,8 @@ def accumulate(policy: Policy, batch: Batch, recipe: Recipe, *, ref: Reference |
         objective = (part.weight * loss).sum()
         objective.backward()
         total["loss"] += float(objective.detach())
+        own = part.mask & ~part.off_policy[:, None]
+        total["gap"] = max(total["gap"], float(((now.logp.detach() - part.logp_sampler).abs() * own).max()))
         for name, value in stats.items():
             total[name] = total.get(name, 0.0) + float((part.weight * value.detach()).sum() / share)
     return total

@@ -13,6 +13,11 @@ def test_pages_are_current() -> None:
     assert not stale, f"{', '.join(stale)}: run `python -m gruppo.docs`"
 
 
+def test_the_readme_lists_the_recipes() -> None:
+    text = (docs.PAGES.parent.parent / "README.md").read_text()
+    assert docs.readme(text) == text, "run `python -m gruppo.docs`"
+
+
 def test_no_page_without_a_recipe() -> None:
     assert {p.name for p in docs.PAGES.iterdir()} == set(docs.pages())
 
