@@ -286,6 +286,90 @@ def report(run: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
 
 
 @app.command()
+def compare(
+    words: Annotated[
+        list[str], typer.Argument(metavar="ID ID ... [section.key=value ...]", help="Recipes, and settings for all of them.")
+    ],
+    world: Annotated[str | None, typer.Option(help="An embedded world; `gruppo worlds` shows them.")] = None,
+    model: Annotated[str | None, typer.Option(help="A hub id or the folder of a causal language model.")] = None,
+    data: Annotated[str | None, typer.Option(help="Problems with a column `prompt`.")] = None,
+    reward: Annotated[
+        list[str] | None, typer.Option(help="module:function, file.py:function or a reward model's folder; may be repeated.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(help="Runs per recipe.")] = 3,
+    tolerance: Annotated[float, typer.Option(help="Share by which sampled paths and tokens may differ unmarked.")] = 0.0,
+    name: Annotated[str | None, typer.Option(help="The comparison's folder below --folder.")] = None,
+    folder: Annotated[Path, typer.Option(help="Where comparisons are kept.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Train several recipes under the same conditions and compare them, with intervals over seeds.
+
+    The same command again goes on where it was stopped. A setting for one recipe alone has its name in front.
+
+    Examples:
+
+      gruppo compare grpo dapo rloo --world arithmetic --seeds 5
+
+      gruppo compare grpo gspo fit.steps=40 gspo:fit.learning_rate=1e-5
+    """
+    from gruppo.runs.compare import PAGE, own_settings
+    from gruppo.runs.compare import compare as run
+    from gruppo.runs.config import overrides
+
+    common, alone = own_settings([w for w in words if "=" in w])
+    found = run(
+        [w for w in words if "=" not in w],
+        world=world,
+        model=model,
+        data=data,
+        rewards=reward or (),
+        seeds=seeds,
+        settings=overrides(common),
+        own={recipe: overrides(given) for recipe, given in alone.items()},
+        tolerance=tolerance,
+        name=name,
+        folder=folder,
+        say=say,
+    )
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=1))
+        return
+    table(found.table(), False)
+    print("\n".join(found.notes()))
+    print(found.folder / PAGE)
+
+
+@app.command()
+def claim(
+    recipe: Annotated[str | None, typer.Argument(metavar="[ID]", help="The recipe whose claim is measured; none lists them.")] = None,
+    seeds: Annotated[int, typer.Option(help="Measurements, at least 2.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Measure a paper's claim at toy scale: the figure, its interval, and whether the claim holds. Exits with 0 either way."""
+    from gruppo.claims import CLAIMS, about, measured
+
+    if recipe is None:
+        table([{"claim": name, "measured": about(name)} for name in CLAIMS], as_json)
+        return
+    found = measured(recipe, seeds)
+    if as_json:
+        print(json.dumps(found_claim(found), indent=1))
+        return
+    print(f"The paper: {found.sentence}\nMeasured:  {found.measured}\n")
+    table([{k: number(v) for k, v in row.items()} for row in found.table()], False)
+    print(f"\n{found.verdict}")
+
+
+def found_claim(found: Any) -> dict[str, Any]:
+    """A measured claim as plain values; an open end of the expected range is null."""
+    from gruppo.runs.measure import finite
+
+    told = {"name": found.name, "sentence": found.sentence, "measured": found.measured, "figure": found.figure}
+    told |= {"mean": found.mean, "interval": list(found.interval), "expected": [finite(v) for v in found.expected]}
+    return told | {"holds": found.holds, "verdict": found.verdict, "rows": [dict(row) for row in found.rows]}
+
+
+@app.command()
 def doctor(
     model: Annotated[str | None, typer.Option(help="A model folder or hub id; an embedded base model by default.")] = None,
     as_json: Json = False,
@@ -326,6 +410,55 @@ def sft(
     ):
         print(f"step {done.step}  loss {done.loss:.4f}", flush=True)
     print(f"saved {output}")
+
+
+judges = typer.Typer(help="Reward models with several heads.", no_args_is_help=True)
+app.add_typer(judges, name="reward-model")
+
+
+@judges.command(name="fit")
+def fit_reward_model(
+    model: Annotated[str, typer.Option(help="The backbone: a folder or hub id of an encoder or a causal model.")],
+    data: Annotated[str, typer.Option(help="JSONL with prompt, completion and a column of labels per head; null = no label.")],
+    heads: Annotated[str, typer.Option(help="The heads' names, which are the columns of labels, as a,b,c.")],
+    output: Annotated[str, typer.Option(help="A new folder for the reward model.")],
+    epochs: float = 1.0,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps; beats --epochs.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows per optimizer step.")] = 32,
+    learning_rate: float = 1e-5,
+    warmup: int = 10,
+    held_out: Annotated[float, typer.Option(help="Share of the distinct prompts that scores the heads.")] = 0.1,
+    seed: int = 0,
+    as_json: Json = False,
+) -> None:
+    """Fit one head per objective to labels by squared error; `gruppo train --reward OUTPUT` trains on the heads.
+
+    Example:
+
+      gruppo reward-model fit --model ./base --data labels.jsonl --heads politeness,safety --output ./judge
+    """
+    from dataclasses import asdict
+
+    from gruppo.reward_model import fit_folder, saved_scores
+
+    names = [name.strip() for name in heads.split(",")]
+    for done in fit_folder(
+        model,
+        data,
+        output,
+        names,
+        epochs=epochs,
+        steps=steps,
+        batch=batch,
+        learning_rate=learning_rate,
+        warmup=warmup,
+        held_out=held_out,
+        seed=seed,
+    ):
+        if done.step % 10 == 0 or done.step == done.steps:
+            say(f"step {done.step}/{done.steps}  loss {done.loss:.4f}")
+    table([{k: v if as_json else number(v) for k, v in asdict(score).items()} for score in saved_scores(output)], as_json)
+    say(f"saved {output}")
 
 
 @app.command()

@@ -95,7 +95,11 @@ class RewardModel:
 
     @torch.inference_mode()
     def score(self, rows: list[list[int]]) -> list[list[float]]:
-        """One forward, padded on the right: [rows][heads]."""
+        """One forward: [rows][heads]."""
+        return self.logits(rows).float().cpu().tolist()
+
+    def logits(self, rows: list[list[int]]) -> torch.Tensor:
+        """One forward, padded on the right: [rows, heads], differentiable."""
         width = max(1, *map(len, rows))
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id)
         real = torch.zeros(len(rows), width, dtype=torch.long)
@@ -104,13 +108,12 @@ class RewardModel:
             real[i, : len(row)] = 1
         device = next(self.model.parameters()).device
         with torch.autocast(device.type, self.autocast) if self.autocast else nullcontext():
-            logits = self.model(input_ids=ids.to(device), attention_mask=real.to(device)).logits
-        return logits.float().cpu().tolist()
+            return self.model(input_ids=ids.to(device), attention_mask=real.to(device)).logits
 
     def _names(self, heads: int, source: str) -> tuple[str, ...]:
-        if heads == 1:
-            return (File(source).name if source else "reward_model",)
         labels = self.model.config.id2label or {}
+        if heads == 1 and labels.get(0, "LABEL_0") == "LABEL_0":
+            return (File(source).name if source else "reward_model",)
         named = [str(labels.get(i, f"LABEL_{i}")) for i in range(heads)]
         return tuple(name.replace("LABEL_", "reward_model_") for name in named)
 
