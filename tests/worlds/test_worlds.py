@@ -21,6 +21,7 @@ from gruppo.worlds.tokenizer import END, tokenizer
 from gruppo.worlds.world import Shape, answer_of, is_held_out, texts
 
 NAMES = sorted(WORLDS)
+NUMBERS = ["arithmetic", "countdown"]  # worlds of numbers, whose completions are one thought and one answer
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 
 
@@ -77,7 +78,7 @@ def test_the_same_question_in_another_order_is_on_the_same_side():
     assert countdown.key(a) == countdown.key(b)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NUMBERS)
 def test_every_level_occurs_and_counts_the_numbers(name):
     seen = [WORLDS[name].task(0, i) for i in range(300)]
     for level in (1, 2, 3):
@@ -106,7 +107,7 @@ def test_countdown_answers_and_steps_agree_with_another_evaluator():
             assert value(left) == int(right)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NUMBERS)
 def test_the_solution_earns_full_reward_and_hints_do_not_hold_it(name):
     for i in range(100):
         task = WORLDS[name].task(2, i)
@@ -339,6 +340,8 @@ def test_a_base_model_has_room_to_learn_and_something_to_learn_from(base):
 
 def test_a_base_model_keeps_the_form(base):
     world, policy = base
+    if world.name not in NUMBERS:
+        pytest.skip(f"the world {world.name} does not ask for this form")
     paths = policy.sample([t.prompt for t in world.held_out(60)], g=torch.Generator().manual_seed(2))
     assert sum(Shape.holds(p.output) for p in paths) >= 54
 

@@ -2,8 +2,9 @@
 
 from gruppo.worlds.arithmetic import ARITHMETIC
 from gruppo.worlds.countdown import COUNTDOWN
+from gruppo.worlds.safety import SAFETY
 from gruppo.worlds.world import World
 
-WORLDS: dict[str, World] = {world.name: world for world in (ARITHMETIC, COUNTDOWN)}
+WORLDS: dict[str, World] = {world.name: world for world in (ARITHMETIC, COUNTDOWN, SAFETY)}
 
 __all__ = ["WORLDS", "World"]
