@@ -19,6 +19,7 @@ _WHERE = {
     "train": "gruppo.api",
     "resume": "gruppo.api",
     "Run": "gruppo.api",
+    "compare": "gruppo.runs.compare",
     "recipe": "gruppo.recipes",
     "RECIPES": "gruppo.recipes",
     "Recipe": "gruppo.recipe",
@@ -34,11 +35,26 @@ if TYPE_CHECKING:
     from gruppo.api import Run, resume, train
     from gruppo.recipe import Recipe
     from gruppo.recipes import RECIPES, recipe
+    from gruppo.runs.compare import compare
     from gruppo.runs.config import RunConfig
     from gruppo.types import Group, GruppoError, Path, Task
     from gruppo.worlds import WORLDS
 
-__all__ = ["RECIPES", "WORLDS", "Group", "GruppoError", "Path", "Recipe", "Run", "RunConfig", "Task", "recipe", "resume", "train"]
+__all__ = [
+    "RECIPES",
+    "WORLDS",
+    "Group",
+    "GruppoError",
+    "Path",
+    "Recipe",
+    "Run",
+    "RunConfig",
+    "Task",
+    "compare",
+    "recipe",
+    "resume",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -341,7 +341,9 @@ def compare(
 
 @app.command()
 def claim(
-    recipe: Annotated[str | None, typer.Argument(metavar="[ID]", help="The recipe whose claim is measured; none lists them.")] = None,
+    recipe: Annotated[
+        str | None, typer.Argument(metavar="[ID]", help="The recipe whose claim is measured; none lists them.")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Measurements, at least 2.")] = 5,
     as_json: Json = False,
 ) -> None:
