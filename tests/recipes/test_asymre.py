@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tests.recipes.batches import advantages, batch, group
+from tests.recipes.trained import trained
 
 from gruppo.recipes.asymre import AboveShifted, asymre
 from gruppo.recipes.rec import Reinforce, rec_reinforce
@@ -54,3 +57,10 @@ def test_refusals() -> None:
 def test_preset() -> None:
     assert asymre().advantage == AboveShifted(0.1)
     assert asymre().loss == Reinforce()
+
+
+@pytest.mark.parametrize("name", ["asymre"])
+def test_it_trains_from_the_command_line_on_stale_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    records = trained(monkeypatch, tmp_path, name, "arithmetic", "fit.sync_every=3", "fit.learning_rate=1e-3")
+    assert [r["stale"] for r in records] == [0, 1, 2]
+    assert [abs(r["ratio"] - 1) > 1e-3 for r in records] == [False, True, True]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tests.recipes.batches import EIGHT, advantages, batch, group
+from tests.recipes.trained import trained
 
 from gruppo.core.reduce import sequence_sum, weigh
 from gruppo.recipe import Recipe
@@ -122,3 +124,10 @@ def test_presets() -> None:
     assert kimi_opmd() == replace(rec_reinforce(8), loss=Held(Reinforce(), 0.1))
     assert kimi_opmd(whole=True).reduce is sequence_sum
     assert opmd().loss == Reinforce(scale=0.5)
+
+
+@pytest.mark.parametrize("name", ["opmd", "kimi-opmd"])
+def test_it_trains_from_the_command_line_on_stale_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    records = trained(monkeypatch, tmp_path, name, "arithmetic", "fit.sync_every=3", "fit.learning_rate=1e-3")
+    assert [r["stale"] for r in records] == [0, 1, 2]
+    assert [abs(r["ratio"] - 1) > 1e-3 for r in records] == [False, True, True]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from tests.recipes.batches import EIGHT, THREE, advantages, batch, group, objective
+from tests.recipes.trained import trained
 from torch import Tensor
 
 from gruppo.core.surrogate import PPOClip
@@ -149,3 +151,10 @@ def test_presets() -> None:
     assert rec_ring_is().loss == Reinforce(Ring(0.2, 0.2, 0.6, 2.0), importance)
     assert rec_oneside() == rec_oneside(n=8, low=0.2, high=0.2)
     assert all(make().reference is None for make in ALL)
+
+
+@pytest.mark.parametrize("name", ["rec-oneside", "rec-oneside-is", "rec-twoside", "rec-ring", "rec-reinforce"])
+def test_it_trains_from_the_command_line_on_stale_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    records = trained(monkeypatch, tmp_path, name, "arithmetic", "fit.sync_every=3", "fit.learning_rate=1e-3")
+    assert [r["stale"] for r in records] == [0, 1, 2]
+    assert [abs(r["ratio"] - 1) > 1e-3 for r in records] == [False, True, True]

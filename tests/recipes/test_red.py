@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from tests.recipes.batches import EIGHT, advantages, group
+from tests.recipes.trained import trained
 
 from gruppo.core.collate import collate
 from gruppo.core.reduce import weigh
@@ -108,3 +110,10 @@ def test_refusals() -> None:
         advantages(red_weight(T=0.005), group([1.0, 0.0]))
     with pytest.raises(GruppoError, match=r"T is 0\.0; the temperature"):
         red_weight(T=0.0)
+
+
+@pytest.mark.parametrize("name", ["red-drop", "red-weight"])
+def test_it_trains_from_the_command_line_on_stale_paths(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str) -> None:
+    records = trained(monkeypatch, tmp_path, name, "arithmetic", "fit.sync_every=3", "fit.learning_rate=1e-3")
+    assert [r["stale"] for r in records] == [0, 1, 2]
+    assert [abs(r["ratio"] - 1) > 1e-3 for r in records] == [False, True, True]

@@ -10,7 +10,7 @@ answer, and kimi-opmd has the gradient of mean_i (r_i - mean(r) - tau d_i)^2 / (
 
 | | here | paper | reference code (Trinity-RFT) |
 |---|---|---|---|
-| names | kimi-opmd; opmd | "OPMD" (after Kimi k1.5); not in the paper | `rec` with a k2 regulariser; `opmd` |
+| names | kimi-opmd; opmd | "OPMD" (after Kimi k1.5); not established | `rec` with a k2 regulariser; `opmd` |
 | squared | each step; with `whole` the whole answer | the whole answer: (sum_t d_t)^2 | each step: sum_t d_t^2 |
 | aggregation | mean over steps; with `whole` mean over paths of the sum over steps | sums over the answer | mean over steps |
 | sampler's log-probs in opmd | unused | - | unused |

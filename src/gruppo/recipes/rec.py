@@ -21,9 +21,9 @@ mask is 1 and all seven recipes have the same gradient.
 | mask, weight | two values, one recipe each | the same | two string switches in one loss |
 | ring with the weight | `rec-ring-is` | ring without the weight | both switches allowed |
 | std | none | none | `std_normalize` False; its GRPO setting divides by the population std + 1e-6 |
-| bounds | included, in float32 | included | included |
+| bounds | included, in float32 | not established | included |
 | high above 1 | allowed | recommends 2.0 | an early version asserted high <= 1 |
-| ring far bounds | 0.6 and 2.0 | 0.6 and 2.0 | default_args 0.6 and 2.0, the class's own defaults 0.4 and 0.4 |
+| ring far bounds | 0.6 and 2.0 | not established | default_args 0.6 and 2.0, the class's own defaults 0.4 and 0.4 |
 | aggregation | mean over all steps of the update | not established | the same |
 | group of one | refused by the rollout; 0 in the advantage | not said | crashes |
 | KL to a reference | none | none | k2 with coefficient 0 |

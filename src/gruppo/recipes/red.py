@@ -14,12 +14,12 @@ pairwise-weighted REINFORCE, and imitation of everything in proportion to w.
 
 | | here | paper | reference code (Trinity-RFT) |
 |---|---|---|---|
-| how many are dropped | N- - N+: failures do not outnumber successes | the idea, not the rule | `drop="balance"` |
+| how many are dropped | N- - N+: failures do not outnumber successes | not established | `drop="balance"` |
 | dropped paths | A = 0, still counted in the mean over steps | not established | the same |
 | which are dropped | the lowest lots; the rollout draws a signal `lot` for every path | at random | at random |
 | equal rewards | all count as successes, nothing is dropped, A = 0 | not said | the same |
 | baseline of red-weight | mean(r) | mean(r); one account of the paper writes m | mean(r) |
-| exp overflows | a sentence before anything is trained | not said | infinite advantage |
+| exp overflows | refused with the numbers | not said | infinite advantage |
 | group of one | refused by the rollout; 0 in the advantage | not said | crashes |
 | std | none | none | none |
 
