@@ -25,6 +25,7 @@ from gruppo.recipes.grpo import grpo
 from gruppo.recipes.gspo import gspo, gspo_token
 from gruppo.recipes.multi_objective import multi_objective
 from gruppo.recipes.opmd import kimi_opmd, opmd
+from gruppo.recipes.rank_grpo import rank_grpo
 from gruppo.recipes.rec import (
     rec_oneside,
     rec_oneside_is,
@@ -40,6 +41,7 @@ from gruppo.recipes.scalerl import scalerl
 from gruppo.recipes.seed_grpo import seed_grpo
 from gruppo.recipes.stratified_grpo import lengths, stratified_grpo
 from gruppo.recipes.unlikeliness import unlikeliness
+from gruppo.rollouts.segmented import Pieces
 from gruppo.types import GruppoError
 
 
@@ -173,6 +175,24 @@ RECIPES: dict[str, Entry] = {
             unlikeliness,
             aliases=("unlikeliness-reward",),
             tiny={"n": 8, "beta": 0.02, "epochs": 3},
+        ),
+        Entry(
+            "2510.20150",
+            "rank-grpo",
+            "Rank-GRPO: Training LLM-based Conversational Recommender Systems with Reinforcement Learning",
+            rank_grpo,
+            aliases=("convrec-r1",),
+            # Two letters are a rank, and each earns what its path earns. The end and the overflow have advantages that no reward
+            # moves; with them on, equal rewards would train, which the laws forbid.
+            tiny={
+                "n": 8,
+                "ranks": 3,
+                "end": None,
+                "early": None,
+                "overflow": 0.0,
+                "signal": "reward",
+                "spans": Pieces(2),
+            },
         ),
         Entry("2509.24203/reinforce", "rec-reinforce", OFF_POLICY, rec_reinforce, tiny=TINY),
         Entry(
