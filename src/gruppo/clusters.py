@@ -171,7 +171,8 @@ def asked(prompt: Any) -> str:
     """The question as text: the prompt itself, or the last message of the user."""
     if isinstance(prompt, str):
         return prompt
-    for message in reversed(prompt if isinstance(prompt, (list, tuple)) else ()):
+    messages = list(prompt) if isinstance(prompt, (list, tuple)) else []
+    for message in reversed(messages):
         if isinstance(message, dict) and message.get("role") == "user":
             content = message.get("content")
             if isinstance(content, list):  # parts: text among images

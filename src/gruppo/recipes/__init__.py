@@ -41,6 +41,7 @@ from gruppo.recipes.scalerl import scalerl
 from gruppo.recipes.seed_grpo import seed_grpo
 from gruppo.recipes.stratified_grpo import lengths, stratified_grpo
 from gruppo.recipes.unlikeliness import unlikeliness
+from gruppo.recipes.xrpo import side_by_side, xrpo
 from gruppo.rollouts.segmented import Pieces
 from gruppo.types import GruppoError
 
@@ -175,6 +176,13 @@ RECIPES: dict[str, Entry] = {
             unlikeliness,
             aliases=("unlikeliness-reward",),
             tiny={"n": 8, "beta": 0.02, "epochs": 3},
+        ),
+        Entry(
+            "2510.06672",
+            "xrpo",
+            "XRPO: Pushing the Limits of GRPO with Targeted Exploration and Exploitation",
+            xrpo,
+            tiny={"n": 8, "template": side_by_side},
         ),
         Entry(
             "2510.20150",

@@ -1,5 +1,6 @@
 """The reusable ways to turn tasks into graded groups."""
 
+from gruppo.rollouts.allocate import Allocate
 from gruppo.rollouts.conversation import Conversation, Tags, Talk, ToolCalls, Transcript, WithTools, talked
 from gruppo.rollouts.dynamic import Dynamic
 from gruppo.rollouts.parallel import Parallel, Reread, WithReference
@@ -7,6 +8,7 @@ from gruppo.rollouts.stale import Stale
 from gruppo.rollouts.stored import Stored
 
 __all__ = [
+    "Allocate",
     "Conversation",
     "Dynamic",
     "Parallel",
