@@ -1,9 +1,9 @@
 """Rank-GRPO's claim at toy scale: with one reward for the whole list its tail learns from the luck of its head.
 
 A list of 8 ranks, each drawn from a softmax over 10 items of its own, one of them right. One reward per list (its DCG,
-standardised over the group, on every rank) is dominated by the head, and what is left for the tail is noise; judged rank by rank, all ranks
-learn at once. Measured after 20 steps of 2 groups of 8 lists: the probability of a hit over all ranks, at the first and at the
-last.
+standardised over the group, on every rank) is dominated by the head, and what is left for the tail is noise; judged rank by
+rank, all ranks learn at once. Measured after 20 steps of 2 groups of 8 lists: the probability of a hit over all ranks, at
+the first and at the last.
 
 The other claim lets all ranks draw from the same 16 items, 8 of them right, each counted once. There exp_inf ignores that an
 early pick takes a later hit away, and the sequence reward does not; whether it still ends higher is measured.
