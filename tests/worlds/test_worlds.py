@@ -20,7 +20,7 @@ from gruppo.worlds import WORLDS, arithmetic, countdown
 from gruppo.worlds.tokenizer import END, tokenizer
 from gruppo.worlds.world import Shape, answer_of, is_held_out, texts
 
-NAMES = sorted(WORLDS)
+NAMES = sorted(name for name, world in WORLDS.items() if world.talk is None)  # conversations have a file of their own
 NUMBERS = ["arithmetic", "countdown"]  # worlds of numbers, whose completions are one thought and one answer
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 

@@ -3,8 +3,9 @@
 from gruppo.worlds.arithmetic import ARITHMETIC
 from gruppo.worlds.countdown import COUNTDOWN
 from gruppo.worlds.safety import SAFETY
+from gruppo.worlds.search import SEARCH
 from gruppo.worlds.world import World
 
-WORLDS: dict[str, World] = {world.name: world for world in (ARITHMETIC, COUNTDOWN, SAFETY)}
+WORLDS: dict[str, World] = {world.name: world for world in (ARITHMETIC, COUNTDOWN, SAFETY, SEARCH)}
 
 __all__ = ["WORLDS", "World"]
