@@ -211,8 +211,8 @@ class Session:
         """The buffer as a rollout: stored rewards, other weights of stored signals, or new grades."""
         world = world_of(config)
         regrade = bool(config.rewards)
-        weights = None if regrade else config.weights or (None if world is None else world.weights)
-        stored = Stored(", ".join(config.offline), self.buffer, dict(weights) if weights else None, regrade)
+        weights = None if regrade else by_signal(config) or (None if world is None else dict(world.weights))
+        stored = Stored(", ".join(config.offline), self.buffer, weights, regrade)
         stored.check()
         return stored
 
@@ -250,8 +250,8 @@ class Session:
             paths = self.policy.sample([asked] * 2, g=rng, max_new=longest)
             self._agree(paths)
             if self.buffer:
-                regraded = stage.config.rewards and stage.grade.preflight(self.buffer[:1])
-                check_needs(stage.recipe, (), regraded or self.buffer)
+                regraded = stage.grade.preflight(self.buffer[:1]) if stage.config.rewards else self.buffer
+                check_needs(stage.recipe, (), regraded)
                 continue
             graded = stage.grade.preflight([Group(task, paths)])[0]
             check_needs(stage.recipe, (), [graded])
@@ -540,15 +540,27 @@ def grading_of(config: RunConfig, given: Given) -> Any:
     rewards = list(given.rewards) if given.rewards is not None else list(config.rewards)
     weights = config.weights or None
     if world is None and config.offline and not rewards:
-        return Grading([], {} if weights is None else dict(weights))
+        return Grading([], by_signal(config) or {})
     if world is None:
         return build(rewards, weights)
     if not rewards:
-        if isinstance(weights, list):
-            raise GruppoError(f"the weights are a list, but the world {world.name} names its signals; write them as name: number")
-        return Grading(world.graders(), dict(weights or world.weights))
-    own = build(rewards, weights)
-    return Grading([*world.graders(), *own.graders], own.weights)
+        return Grading(world.graders(), by_signal(config) or dict(world.weights))
+    # weights by name may weigh the world's signals as well; without any, the reward is what the person brought
+    own = build(rewards, weights if isinstance(weights, list) else None)
+    named = weights if isinstance(weights, dict) else own.weights
+    return Grading([*world.graders(), *own.graders], named)
+
+
+def by_signal(config: RunConfig) -> dict[str, float] | None:
+    """The weights by the name of their signal; a list fits only rewards given in the same order."""
+    if isinstance(config.weights, dict):
+        return config.weights or None
+    if config.weights:
+        raise GruppoError(
+            f"the weights are a list of {len(config.weights)}, but here they weigh signals, which have names; write them as "
+            "name: number"
+        )
+    return None
 
 
 def rate_of(config: RunConfig, begin: int) -> Callable[[int], float]:
