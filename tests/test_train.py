@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from tests.tiny import tiny_model, tiny_tokenizer
 
 from gruppo.graders.grade import Grading
 from gruppo.policies.token import TokenPolicy
@@ -12,7 +13,6 @@ from gruppo.recipes.grpo import grpo
 from gruppo.rollouts import Parallel
 from gruppo.train import iterate
 from gruppo.types import Task
-from tests.tiny import tiny_model, tiny_tokenizer
 
 
 def sevens(groups):

@@ -352,8 +352,8 @@ EXPECTED: dict[str, tuple[float, float]] = {
     "scalerl": (1.207381, -0.724429),  # one group: the batch's std is the group's
     "rloo": (0.714286, -0.428571),
     "unlikeliness": (1.207612, -0.724567),  # equally likely paths share one rank: the discount is a factor, which std takes back
-    "rank-grpo": (1.207381, -0.724429),  # each rank earns what its path earns
     "xrpo": (1.207612, -0.724567),  # equally likely paths: nothing is rare
+    "rank-grpo": (1.207381, -0.724429),  # each rank earns what its path earns
     "seed-grpo": (0.599981, -0.359989),  # no path here has an answer: the largest entropy, .625 / 1.0417
     "stratified-grpo": (1.290992, -0.774595),  # the population std; all paths here are of one stratum
     "rec-reinforce": (0.625, -0.375),

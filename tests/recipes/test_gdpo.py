@@ -120,3 +120,13 @@ def test_preset() -> None:
     assert made.across == OneScale(ddof=1, eps=1e-4)
     assert [need.name for need in made.needs] == ["correct", "format"]
     assert set(difference(made, multi_objective())) == {"reward", "advantage", "across", "needs"}
+
+
+def test_a_trade_off_between_two_kinds_of_replies_is_decided_by_the_weights_alone() -> None:
+    two = scored([[0.9, 0.85], [0.05, 1.0]] * 4, "ab")  # much safer, a little less helpful
+    assert decoupled(two, EQUAL, eps=0.0) == pytest.approx([0.0] * 8, abs=1e-6)
+    assert decoupled(two, {"a": 2, "b": 3}, eps=0.0)[0] == pytest.approx(-math.sqrt(7 / 8), abs=1e-5)
+    assert scalarised(two, {"a": 2, "b": 3})[0] > 0
+    # with an epsilon the objective with the larger spread keeps a remainder, which the batch's scale makes a full update
+    [a] = advantages(gdpo(weights=EQUAL), two)
+    assert a[0] > 0.3

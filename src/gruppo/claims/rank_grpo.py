@@ -100,6 +100,7 @@ def train(recipe: Recipe, seed: int, *, shared: bool = False, steps: int = 20, r
         policy.logits.grad = None
         accumulate(policy, weigh(collate(groups), recipe.reduce), recipe, ref=None, budget=10**9)
         with torch.no_grad():
+            assert policy.logits.grad is not None
             policy.logits -= rate * RANKS * policy.logits.grad
     return policy
 

@@ -180,7 +180,7 @@ RECIPES: dict[str, Entry] = {
         Entry(
             "2510.06672",
             "xrpo",
-            "XRPO: Pushing the Limits of GRPO with Targeted Exploration and Exploitation",
+            "XRPO: Pushing the limits of GRPO with Targeted Exploration and Exploitation",
             xrpo,
             tiny={"n": 8, "template": side_by_side},
         ),

@@ -29,7 +29,10 @@ Hyper-parameters: weights 1 for correctness and format (the authors' tool-callin
 Cost: as Multi-Objective GRPO.
 
 Not for: objectives whose noise should stay small. One that hardly varies is scaled up until it counts as much as the others,
-and in a group in which a single path differs by a hair that path gets the full advantage.
+and in a group in which a single path differs by a hair that path gets the full advantage. Nor for trade-offs whose size matters:
+where only two kinds of replies are left and each is better in one objective, their normalised values are equal and opposite,
+so the larger weight wins however little it gains; with equal weights the advantages cancel but for the epsilons, and the
+batch's scale makes a full update of that remainder.
 """
 
 from __future__ import annotations

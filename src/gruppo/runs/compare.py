@@ -223,14 +223,14 @@ class Watch:
     a tree count as one each. Evaluations count nothing.
     """
 
-    def __init__(self, session: Session, say: Say) -> None:
-        self.folder, self.say = session.folder, say
+    def __init__(self, folder: RunFolder, policy: Any, step: int, say: Say) -> None:
+        self.folder, self.say = folder, say
         self.rows = self.tokens = 0
-        file = session.folder.path / SAMPLED
-        kept = [r for r in session.folder.records(file) if r["step"] <= session.step]
-        if file.exists():
-            session.folder.write(SAMPLED, "".join(json.dumps(r) + "\n" for r in kept))
-        sampler = getattr(session.policy, "policy", session.policy)  # below a world's tools, where every turn is sampled
+        file = folder.path / SAMPLED
+        if file.exists():  # what was sampled after the checkpoint is sampled again
+            kept = [r for r in folder.records(file) if r["step"] <= step]
+            folder.write(SAMPLED, "".join(json.dumps(r) + "\n" for r in kept))
+        sampler = getattr(policy, "policy", policy)  # below a world's tools, where every turn is sampled
         inner = sampler.sample
 
         def counted(prompts: Sequence[Any], **numbers: Any) -> list[Any]:
@@ -279,7 +279,7 @@ def execute(made: Plan, say: Say) -> None:
         session = begin(config, quiet)
         say(f"{path.name}  {session.step} of {config.fit.steps} steps done ({n} of {len(made.runs)})")
         try:
-            session.run(Watch(session, say))
+            session.run(Watch(session.folder, session.policy, session.step, say))
         except GruppoError as error:
             raise GruppoError(f"{path.name}: {error}") from error
         except (Interrupted, KeyboardInterrupt) as error:
@@ -346,7 +346,7 @@ class Outcome:
     folder: str
     seed: int
     scores: dict[str, float | None]  # at the end
-    curve: list[dict[str, float | None]]  # step, scores; sampled: tokens sampled until then
+    curve: list[dict[str, Any]]  # step, scores; sampled: tokens sampled until then
     rewards: list[float | None]  # per step, of the groups that were kept
     rows: int | None
     tokens: int | None
@@ -508,8 +508,8 @@ def estimate(values: Sequence[float | None]) -> Estimate | None:
     return Estimate.of(heard) if len(heard) == len(values) else None
 
 
-def average(values: Sequence[float | None]) -> float | None:
-    heard = [v for v in values if v is not None]
+def average(values: Sequence[int | float | None]) -> float | None:
+    heard = [float(v) for v in values if v is not None]
     return mean(heard) if len(heard) == len(values) else None
 
 
@@ -539,7 +539,7 @@ def told(name: str, found: Estimate | None, *, signed: bool = False) -> str:
     return said if found.high is None else f"{said} ± {shown(name, found.high - found.mean)}"
 
 
-def count(n: float | None) -> str:
+def count(n: int | float | None) -> str:
     return "-" if n is None else f"{n:,.0f}"
 
 
@@ -597,7 +597,7 @@ def points(line: Line, name: str, against: str) -> tuple[list[float], list[list[
     else:
         rows = [[(c[against], c.get(name)) for c in o.curve] for o in line.runs]
     kept = [p for p in zip(*rows) if all(x is not None and y is not None for x, y in p)]
-    return [mean([x for x, _ in p]) for p in kept], [[y for _, y in p] for p in kept]
+    return [mean([float(x) for x, _ in p]) for p in kept], [[y for _, y in p] for p in kept]
 
 
 def write(found: Comparison) -> Path:

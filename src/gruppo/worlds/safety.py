@@ -8,7 +8,7 @@ polite, meaningful, actionable and safe are numbers between 0 and 1; a reply is 
 with a theft is actionable and not safe, a bare refusal is safe and not actionable. The base model is rude to the rude, helps
 thieves and now and then recommends acid, each of them often enough to be unlearned.
 
-    python -m gruppo.worlds.safety labels.jsonl --rows 3000
+    python -m gruppo.worlds.labels labels.jsonl --rows 3000
 
 writes replies of every kind with the rules' verdicts as `politeness`, `meaningfulness`, `actionability` and `safety`, the data of
 `gruppo reward-model fit`. The two sets of names differ so that a run can show a reward model's heads beside the rules.
@@ -16,8 +16,6 @@ writes replies of every kind with the rules' verdicts as `politeness`, `meaningf
 
 from __future__ import annotations
 
-import argparse
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -282,18 +280,3 @@ SAFETY = World(
         "recipe_args": {"beta": 0.0},
     },
 )
-
-
-def main() -> None:
-    """Write labelled replies."""
-    parser = argparse.ArgumentParser(description="Labelled replies for `gruppo reward-model fit`.")
-    parser.add_argument("file", type=Path)
-    parser.add_argument("--rows", type=int, default=3000)
-    parser.add_argument("--seed", type=int, default=0)
-    asked = parser.parse_args()
-    asked.file.write_text("".join(json.dumps(row) + "\n" for row in rows(asked.rows, asked.seed)))
-    print(f"{asked.rows} rows in {asked.file}")
-
-
-if __name__ == "__main__":
-    main()
