@@ -24,7 +24,8 @@ CLAIMS: dict[str, Measure] = {
     "rec-oneside/held": rec.held,
     "rec-reinforce/collapse": rec.collapse,
     "red-weight": rec.weighted,
-    "rank-grpo": rank_grpo.claim,
+    "multi-objective-grpo": multi_objective.claim,
+    "gdpo": gdpo.claim,
 }
 
 
