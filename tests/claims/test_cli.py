@@ -45,7 +45,7 @@ def test_a_claim_is_found_by_id_and_nickname_and_gets_the_seeds(monkeypatch: pyt
 def test_unknown_claims_and_single_seeds_are_sentences() -> None:
     with pytest.raises(GruppoError, match=r"no claim of gspo is measured here; .*seed-grpo"):
         measured("gspo")
-    with pytest.raises(GruppoError, match="there is no recipe 'gdop'; did you mean 'gdpo'"):
+    with pytest.raises(GruppoError, match="there is no recipe 'seed-gpro'; did you mean 'seed-grpo'"):
         measured("seed-gpro")
     with pytest.raises(GruppoError, match="seeds is 1; an interval over seeds needs at least 2"):
         measured("seed-grpo", 1)
