@@ -156,7 +156,8 @@ def record(name: str, steps: int = STEPS) -> dict[str, Any]:
         correct = torch.cat([g.signals["correct"] for g in done.groups])
         shaped = torch.cat([g.reward for g in done.groups if g.reward is not None])
         length = sum(len(p) for g in done.groups for p in g.paths) / len(correct)
-        row = {"correct": float(correct.mean()), "reward": float(shaped.mean()), "length": length, **done.stats}
+        stats = {k: v for k, v in done.stats.items() if k != "gap"}  # its size is rounding, not the method
+        row = {"correct": float(correct.mean()), "reward": float(shaped.mean()), "length": length, **stats}
         rows.append({k: round(v, 7) for k, v in row.items()})
     numbers = {k: describe(v) if callable(v) else v for k, v in entry.tiny.items()}
     return {"recipe": entry.nickname, "numbers": numbers, "prompts": PROMPTS, "rate": RATE, "steps": rows}
