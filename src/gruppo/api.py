@@ -17,7 +17,7 @@ from gruppo.runs import data as tasks_of
 from gruppo.runs.config import RunConfig, assemble, read
 from gruppo.runs.evaluate import Evaluation, Metric, evaluate
 from gruppo.runs.folder import RunFolder
-from gruppo.runs.session import Given, Session, build_policy, grading_of, resolve, world_of
+from gruppo.runs.session import Given, Session, build_policy, grading_of, metrics_of, resolve, world_of
 from gruppo.types import GruppoError, Task
 
 
@@ -61,7 +61,7 @@ class Run:
             samples=samples,
             greedy=greedy,
             by=self.session.config.eval.by,
-            metrics=metrics,
+            metrics=metrics_of(self.session.config, metrics),
         )
 
 
@@ -251,7 +251,7 @@ def evaluation_of(
         samples=own.samples if samples is None else samples,
         greedy=own.greedy,
         by=own.by,
-        metrics=scorers,
+        metrics=metrics_of(config, scorers),
     )
 
 

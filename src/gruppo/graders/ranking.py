@@ -97,7 +97,7 @@ def hits(
 
 @dataclass(frozen=True)
 class Ranking:
-    """`hits` [ranks] per path, the `spans` they were read from, `recall`, and the share of the list that is `in_catalog`.
+    """`hits` [ranks] per path, the `spans` they were read from, `recall` and `ndcg` of the list, and its share `in_catalog`.
 
     The column `truth` holds (title, year) pairs, `seen` titles that count no more because the conversation named them. Text
     without any item is one unread rank: 0 everywhere, and its one span is all of it.
@@ -109,7 +109,7 @@ class Ranking:
     seen: str = "seen"
     tolerance: int = 2
     read: Callable[[str], list[Item]] = parse
-    signals = ("hits", "spans", "recall", "in_catalog")
+    signals = ("hits", "spans", "recall", "ndcg", "in_catalog")
 
     def __post_init__(self) -> None:
         if self.ranks < 1 or self.tolerance < 0:
@@ -134,7 +134,8 @@ class Ranking:
         if dateless:
             reason = f"the year of {dateless[0]!r} in the column {self.truth!r} is no number, so no item could find it"
             lost = Abstained(reason, ValueError(reason))
-            return {**out, "hits": [torch.full((self.ranks,), math.nan)] * len(group), "recall": [lost] * len(group)}
+            none = [torch.full((self.ranks,), math.nan)] * len(group)
+            return {**out, "hits": none, "recall": [lost] * len(group), "ndcg": [lost] * len(group)}
         found = [
             hits(items, truths, catalog=self.catalog, seen=seen, ranks=self.ranks, tolerance=self.tolerance) for items in lists
         ]
@@ -142,6 +143,7 @@ class Ranking:
             **out,
             "hits": [torch.tensor(h) for h in found],
             "recall": [sum(h) / len(truths) if truths else None for h in found],
+            "ndcg": [ndcg_at(torch.tensor(h), len(truths), self.ranks) if truths else None for h in found],
         }
 
     def share(self, items: Sequence[Item]) -> float:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -497,10 +498,11 @@ def judge(made: Plan, tolerance: float = 0.0) -> Comparison:
 
 
 def chosen(scores: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The scores that are compared: greedy and sampled accuracy, or the mean reward where nothing is right or wrong."""
+    """Greedy and sampled accuracy; where nothing is right or wrong, what is measured of ranked lists, else the mean reward."""
     shared = [name for name in scores[0] if all(name in s for s in scores)]
     exact = [n for n in shared if n == "greedy" or n.startswith("mean@")]
-    return exact or [n for n in shared if n in ("reward", "greedy_reward")]
+    ranked = [n for n in shared if re.fullmatch(r"(recall|ndcg)@\d+|catalog_share", n)]
+    return exact or ranked or [n for n in shared if n in ("reward", "greedy_reward")]
 
 
 def estimate(values: Sequence[float | None]) -> Estimate | None:

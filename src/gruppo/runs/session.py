@@ -401,7 +401,14 @@ class Session:
         grade = self.stages[self.stage].grade
         counted = counters(grade)
         found = evaluate(
-            self.policy, self.held_out, grade, rng, samples=own.samples, greedy=own.greedy, by=own.by, metrics=self.given.metrics
+            self.policy,
+            self.held_out,
+            grade,
+            rng,
+            samples=own.samples,
+            greedy=own.greedy,
+            by=own.by,
+            metrics=metrics_of(self.config, self.given.metrics),
         )
         set_counters(grade, counted)  # what a held-out grade abstained on belongs to the evaluation's own counts
         self.folder.append(self.folder.evals, {"step": self.step, "time": time.time(), **found.as_dict()})
@@ -549,6 +556,13 @@ def grading_of(config: RunConfig, given: Given) -> Any:
     own = build(rewards, weights if isinstance(weights, list) else None)
     named = weights if isinstance(weights, dict) else own.weights
     return Grading([*world.graders(), *own.graders], named)
+
+
+def metrics_of(config: RunConfig, given: Sequence[Metric] = ()) -> tuple[Metric, ...]:
+    """What the run's evaluations report beside the signals: the world's own metrics, then those that were given."""
+    world = world_of(config)
+    own = () if world is None else world.metrics
+    return (*own, *(m for m in given if m not in own))
 
 
 def by_signal(config: RunConfig) -> dict[str, float] | None:

@@ -82,6 +82,7 @@ def _limit(value: Any) -> float | None:
 
 
 SHARES = {"greedy", "mean", "sampled", "format", "correct", "accuracy", "truncated", "majority", "maj", "pass"}
+SHARES |= {"recall", "catalog_share"}
 
 
 def is_share(name: str) -> bool:
@@ -96,6 +97,9 @@ def headline(names: Iterable[str]) -> list[str]:
         r"mean(@\d+)?|sampled",
         r"maj(ority)?(@\d+)?",
         r"pass@\d+",
+        r"recall@\d+",
+        r"ndcg@\d+",
+        r"catalog_share",
         r"format",
         r"length",
         r"truncated",
@@ -137,6 +141,9 @@ LABELS = {
     "mean": "sampled accuracy",
     "pass": "solved in {} tries",
     "majority": "majority of {} samples",
+    "recall": "recall in the first {}",
+    "ndcg": "NDCG of the first {}",
+    "catalog_share": "titles in the catalogue",
     "length": "completion length, tokens",
     "format": "answers in the asked form",
     "truncated": "cut by the length limit",
@@ -315,7 +322,7 @@ class Show:
         """One line of held-out scores."""
         found = readings(scores)
         told = []
-        for name in (n for n in headline(found) if re.fullmatch(r"greedy|mean(@\d+)?|format|length", n)):
+        for name in (n for n in headline(found) if re.fullmatch(r"greedy|mean(@\d+)?|recall@\d+|ndcg@\d+|format|length", n)):
             r = found[name]
             told.append(f"{label(name)} {shown(name, r.value)}" + (f" ({i})" if (i := interval(name, r)) else ""))
         self._line(f"held out, step {step}:  " + "  ".join(told), style=None if self.plain else "bold")

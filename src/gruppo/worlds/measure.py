@@ -18,15 +18,16 @@ import torch
 from gruppo.graders.grade import Grading
 from gruppo.policies.token import TokenPolicy
 from gruppo.recipes.grpo import grpo
+from gruppo.runs.config import arguments
 from gruppo.train import Iteration, fit
-from gruppo.types import Path, Task
+from gruppo.types import Group, Path, Task
 from gruppo.worlds import WORLDS
 from gruppo.worlds.world import World
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Held-out accuracy of a policy: one greedy answer per task, and `samples` at temperature 1."""
+    """Held-out accuracy, or mean reward where nothing is right or wrong: one greedy answer per task, and `samples` drawn."""
 
     greedy: float
     sampled: float
@@ -75,8 +76,9 @@ def accuracy(policy: Any, world: World, tasks: list[Task], samples: int = 4, see
 
 
 def correct(world: World, path: Path, task: Task) -> float:
-    """The world's own verdict on one path."""
-    return float(world.verify[0].one(path.output, task))  # pyright: ignore[reportAttributeAccessIssue]
+    """The world's own verdict on one path; the path's reward where nothing is right or wrong."""
+    found = Grading(world.graders(), dict(world.weights))([Group(task, [path])])[0].signals
+    return float(found.get("correct", found["reward"])[0])
 
 
 def mean(values: list[Any]) -> float:
@@ -88,7 +90,8 @@ def train(world: World, policy: Any, seed: int, **changes: Any) -> Iterator[tupl
     numbers = {**world.defaults["fit"], **changes}
     size = numbers["prompts_per_step"]
     drawn = iter(range(10**9))
-    recipe = grpo(n=numbers["paths_per_prompt"], **world.defaults["recipe_args"])
+    taken = arguments("grpo")  # a world may suit numbers of another recipe
+    recipe = grpo(n=numbers["paths_per_prompt"], **{k: v for k, v in world.defaults["recipe_args"].items() if k in taken})
     yield from fit(
         policy,
         lambda: [world.task(seed, next(drawn)) for _ in range(size)],
@@ -109,7 +112,7 @@ def measure(world: World, seed: int, tasks: list[Task], log: Callable[[str], Non
     curve = []
     cpu, wall = time.process_time(), time.perf_counter()
     for step, done in train(world, policy, seed, **changes):
-        signals = torch.cat([g.signals["correct"] for g in done.groups])
+        signals = torch.cat([g.signals.get("correct", g.signals["reward"]) for g in done.groups])
         lengths = [len(p) for g in done.groups for p in g.paths]
         curve.append((step, float(signals.mean()), mean(lengths)))
         if step % 10 == 0:

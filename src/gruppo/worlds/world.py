@@ -49,6 +49,7 @@ class World:
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tags: tuple[str, ...] = ()  # tags of its own that are one token each
     talk: Talk | None = None  # the tools and rules of a world whose paths are conversations
+    metrics: tuple[Callable[[list[Group]], dict[str, float]], ...] = ()  # what an evaluation reports beside the signals
 
     def equipped(self, policy: Any) -> Any:
         """The policy with this world's tools in its hands, for training and for evaluation."""
