@@ -75,6 +75,7 @@ class Path:
     off_policy: bool = False  # sampled under another context than `prompt`
     truncated: bool = False  # stopped by the length limit, not by itself
     logp_train: Tensor | None = None  # [T] the trainer's own reading of logp, where sampler and trainer are two programs
+    mean: Tensor | None = None  # [T, ...] where the sampler's Gaussians were centred, kept where a loss reads it
     version: int = 0  # iterations of the run that the sampling weights had seen, where a rollout keeps count
 
     def __len__(self) -> int:

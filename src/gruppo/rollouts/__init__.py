@@ -6,6 +6,7 @@ from gruppo.rollouts.dynamic import Dynamic
 from gruppo.rollouts.parallel import Parallel, Reread, WithReference
 from gruppo.rollouts.stale import Stale
 from gruppo.rollouts.stored import Stored
+from gruppo.rollouts.trajectories import Trajectories
 
 __all__ = [
     "Allocate",
@@ -18,6 +19,7 @@ __all__ = [
     "Tags",
     "Talk",
     "ToolCalls",
+    "Trajectories",
     "Transcript",
     "WithReference",
     "WithTools",
