@@ -2,6 +2,7 @@
 
 from gruppo.graders.grade import Abstained, Grading, text_of
 from gruppo.graders.math import MathAnswer
+from gruppo.graders.ranking import NDCGAt, Ranking, RecallAt
 from gruppo.graders.reward_model import RewardModel
 from gruppo.graders.sources import build, describe
 from gruppo.graders.text import Budget, Choice, Exact, Matches, Number, SoftOverlong, Tags, characters, soft_overlong, tokens
@@ -15,7 +16,10 @@ __all__ = [
     "Grading",
     "Matches",
     "MathAnswer",
+    "NDCGAt",
     "Number",
+    "Ranking",
+    "RecallAt",
     "RewardModel",
     "SoftOverlong",
     "Tags",

@@ -4,6 +4,7 @@ from gruppo.rollouts.allocate import Allocate
 from gruppo.rollouts.conversation import Conversation, Tags, Talk, ToolCalls, Transcript, WithTools, talked
 from gruppo.rollouts.dynamic import Dynamic
 from gruppo.rollouts.parallel import Parallel, Reread, WithReference
+from gruppo.rollouts.segmented import Pieces, Segmented
 from gruppo.rollouts.stale import Stale
 from gruppo.rollouts.stored import Stored
 from gruppo.rollouts.trajectories import Trajectories
@@ -13,7 +14,9 @@ __all__ = [
     "Conversation",
     "Dynamic",
     "Parallel",
+    "Pieces",
     "Reread",
+    "Segmented",
     "Stale",
     "Stored",
     "Tags",
