@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from gruppo.policies.flow import Course
+from gruppo.policies.kernels import FlowSDE
 from gruppo.recipe import Column, Recipe, Signal, describe
 from gruppo.recipes import RECIPES, Entry, find, recipe
 from gruppo.recipes.golden import CURVES
@@ -92,10 +94,15 @@ def needs(made: Recipe) -> list[str]:
     return found + (["a reference policy"] if made.reference is not None else [])
 
 
-def statistics(made: Recipe) -> list[str]:
+def statistics(made: Recipe, family: str = "text") -> list[str]:
     """The names that the recipe's loss gives to its statistics, from one call on one path of one step."""
     one, yes = torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool)
     path = Path(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long), one[0], yes[0])
+    now = Steps(logp=one, entropy=one)
+    if family == "image":
+        course = Course.of("", torch.tensor([0.5, 0.25], dtype=torch.float64), FlowSDE())
+        path = replace(path, prompt=course, steps=torch.zeros(2, 2), mean=torch.zeros(1, 2))
+        now = Steps(logp=one, mean=torch.zeros(1, 1, 2), std=torch.ones(1, 1, 1))
     batch = Batch(
         paths=[path],
         logp_old=one,
@@ -107,7 +114,6 @@ def statistics(made: Recipe) -> list[str]:
         group=torch.zeros(1, dtype=torch.long),
         off_policy=torch.zeros(1, dtype=torch.bool),
     )
-    now = Steps(logp=one, entropy=one)
     _, found = made.loss(batch, now, replace(now))
     return ["loss", *found, "grad_norm"]
 
@@ -173,7 +179,7 @@ def page(name: str) -> str:
         parts.append("## Needs\n\nThe run stops before step 0 when one of these is missing.\n\n" + bullets(needs(made)))
     if entry.laws:
         parts.append("## Laws it opts out of\n\n" + bullets([f"`{law}`: {why}" for law, why in entry.laws.items()]))
-    told = [(code(s), STATISTICS.get(s, "")) for s in statistics(made)]
+    told = [(code(s), STATISTICS.get(s, "")) for s in statistics(made, entry.family)]
     parts.append(
         "## Logged statistics\n\nMeans over the trained steps, with the weights of the loss.\n\n"
         + table(("name", "meaning"), told)
@@ -200,8 +206,9 @@ def recorded(entry: Entry, run: dict[str, Any]) -> str:
     keys = [k for k in ("correct", "reward", "length", "loss", "ratio", "entropy", "kl", "grad_norm") if k in steps[0]]
     rows = [(str(i + 1), *(f"{steps[i][k]:.3f}" for k in keys)) for i in shown]
     numbers = ", ".join(f"{k} {v}" for k, v in run["numbers"].items())
+    task = "gruppo.recipes.golden_flow" if entry.family == "image" else "gruppo.recipes.golden"
     return (
-        f"{len(steps)} steps on the synthetic task of `gruppo.recipes.golden` ({numbers}; {run['prompts']} prompts per step, "
+        f"{len(steps)} steps on the synthetic task of `{task}` ({numbers}; {run['prompts']} prompts per step, "
         f"plain gradient descent at {run['rate']}), share of right answers. A toy that guards the numbers, not a "
         f"benchmark: curves of two recipes must not be compared. `gruppo record {entry.nickname}` repeats it.\n\n"
         f"![share of right answers]({entry.nickname}.svg)\n\n" + table(("step", *keys), rows)

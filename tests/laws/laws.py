@@ -10,17 +10,21 @@ import torch
 from torch import Tensor
 
 from gruppo.core.collate import collate, drop_abstained
+from gruppo.core.gaussian import WithGaussianKL, gaussian_kl
 from gruppo.core.kl import WithKL
 from gruppo.core.reduce import weigh
 from gruppo.core.tree import edges, owners
+from gruppo.policies.flow import Course, FlowPolicy
+from gruppo.policies.kernels import FlowSDE
 from gruppo.policies.reference import Frozen
 from gruppo.policies.token import TokenPolicy
 from gruppo.recipe import Recipe
 from gruppo.recipes.golden import Draw, Trial, grading, tiny_policy
+from gruppo.recipes.golden_flow import QUADRANTS, FlowDraw, flow_grading, tiny_flow
 from gruppo.train import accumulate
 from gruppo.types import Batch, Group, Path, Reference
 
-Make = Callable[..., TokenPolicy]
+Make = Callable[..., TokenPolicy | FlowPolicy]
 COLD = 0.7  # a temperature other than 1, or half of the faults would not show
 
 
@@ -32,9 +36,16 @@ def sampled(recipe: Recipe, policy: TokenPolicy, seed: int = 0, prompts: int = 4
     if recipe.reference is not None:
         policy.reference = recipe.reference(policy)
     rng = torch.Generator().manual_seed(seed)
-    groups = recipe.rollout(policy, Draw(0, 0, [0]).more(prompts), grading(), rng)
+    groups = rolled(recipe, policy, prompts, rng)
     groups[0] = first_rows(groups[0], len(groups[0]) - 3)
     return [rewarded(g, torch.rand(len(g), generator=rng).round(decimals=1) + torch.arange(len(g)) % 2) for g in groups]
+
+
+def rolled(recipe: Recipe, policy: TokenPolicy | FlowPolicy, prompts: int, rng: torch.Generator) -> list[Group]:
+    """The recipe's own rollout on the tiny task of the policy's family."""
+    if isinstance(policy, FlowPolicy):
+        return recipe.rollout(policy, FlowDraw(0, 0, [0]).more(prompts), flow_grading(), rng)
+    return recipe.rollout(policy, Draw(0, 0, [0]).more(prompts), grading(), rng)
 
 
 def rewarded(group: Group, reward: Tensor) -> Group:
@@ -121,6 +132,8 @@ def agree(recipe: Recipe, make: Make = tiny_policy) -> None:
 def end(recipe: Recipe, make: Make = tiny_policy) -> None:
     """A path that ended by itself trains its end token: stopping is a decision too."""
     policy = make(temperature=COLD)
+    if isinstance(policy, FlowPolicy):
+        return  # every denoising path has the grid's length
     ended = [p for g in sampled(recipe, policy) for p in g.paths if not p.truncated]
     assert ended, "no path of this scene ended, so it shows nothing"
     for path in ended:
@@ -134,7 +147,10 @@ def own(recipe: Recipe, make: Make = tiny_policy) -> None:
     groups = sampled(recipe, policy)
     for group in groups:
         for path in group.paths:
-            assert torch.equal(path.prompt, policy.encode(group.task.prompt))
+            if isinstance(policy, FlowPolicy):
+                assert path.prompt.prompt == group.task.prompt
+            else:
+                assert torch.equal(path.prompt, policy.encode(group.task.prompt))
     batch = collate(compared(recipe, groups))
     rows = iter(zip(batch.paths, batch.group.tolist()))
     for n, group in enumerate(groups):
@@ -149,7 +165,7 @@ def micro(recipe: Recipe, make: Make = tiny_policy) -> None:
     policy, batch, ref = off_policy_scene(recipe, make)
     once = gradient(policy, batch, recipe, ref)
     assert float(once.norm()) > 1e-4
-    for budget in (30, 100):
+    for budget in (3, 17) if isinstance(policy, FlowPolicy) else (30, 100):  # calls of the network, or tokens
         close(gradient(policy, batch, recipe, ref, budget), once)
 
 
@@ -283,7 +299,7 @@ def pull(recipe: Recipe, make: Make = tiny_policy) -> None:
         return
     policy = make(temperature=COLD)
     policy.reference = reference = recipe.reference(policy)
-    groups = recipe.rollout(shaken(policy), Draw(0, 0, [0]).more(4), grading(), torch.Generator().manual_seed(0))
+    groups = rolled(recipe, shaken(policy), 4, torch.Generator().manual_seed(0))
     groups = [rewarded(g, torch.ones(len(g))) for g in groups]
     moved = [recipe.reward(g) for g in groups]
     if any("logp_ref" in g.signals for g in groups):  # the KL is in the reward
@@ -291,13 +307,16 @@ def pull(recipe: Recipe, make: Make = tiny_policy) -> None:
             far = torch.stack([((p.logp - r) * p.mask).sum() for p, r in zip(group.paths, group.signals["logp_ref"])])
             assert float(((reward - reward.mean()) * (far - far.mean())).sum()) < 0
         return
-    assert isinstance(recipe.loss, WithKL)
+    assert isinstance(recipe.loss, (WithKL, WithGaussianKL))
     batch = weighed(recipe, groups)
     batch = batch.with_(advantage=torch.zeros_like(batch.advantage))  # a shaped reward may vary where the raw one does not
 
     def divergence() -> float:
         with torch.no_grad():
-            d = policy.evaluate(batch).logp - reference.evaluate(batch).logp
+            now, fixed = policy.evaluate(batch), reference.evaluate(batch)
+        if isinstance(recipe.loss, WithGaussianKL):
+            return float((batch.weight * gaussian_kl(now, fixed)).sum())
+        d = now.logp - fixed.logp
         return float((batch.weight * ((-d).exp() + d - 1)).sum())
 
     before, slope = divergence(), gradient(policy, batch, recipe, reference)
@@ -312,7 +331,8 @@ def pull(recipe: Recipe, make: Make = tiny_policy) -> None:
 
 def resume(recipe: Recipe, make: Make = tiny_policy) -> None:
     """Saved after two iterations and loaded into a new run, the third one is the same bit for bit."""
-    trial = Trial.of(recipe)
+    family = "image" if make is tiny_flow else "text"
+    trial = Trial.of(recipe, family=family)
     trial.advance()
     trial.advance()
     saved = {
@@ -324,7 +344,7 @@ def resume(recipe: Recipe, make: Make = tiny_policy) -> None:
         "stream": list(trial.stream),
     }
     expected = trial.advance()
-    other = Trial.of(recipe)
+    other = Trial.of(recipe, family=family)
     other.policy.model.load_state_dict(saved["model"])
     other.optimizer.load_state_dict(saved["optimizer"])
     other.rng.set_state(saved["rng"])
@@ -338,6 +358,8 @@ def resume(recipe: Recipe, make: Make = tiny_policy) -> None:
     for a, b in zip(trial.policy.parameters(), other.policy.parameters()):
         assert torch.equal(a, b)
 
+
+MAKE: dict[str, Make] = {"text": tiny_policy, "image": tiny_flow}  # the policy of a family's laws
 
 # Advantages of a right and a wrong path of r = [1,0,0,1,1,0,0,0] (mean .375, sample std .517549).
 EXPECTED: dict[str, tuple[float, float]] = {
@@ -369,6 +391,7 @@ EXPECTED: dict[str, tuple[float, float]] = {
     "red-drop": (0.5, -0.5),  # of the five wrong paths the two with the lowest lots are dropped: DROPPED
     "red-weight": (1.167654, -0.257733),  # .625 e^.625, -.375 e^-.375
     "multi-objective-grpo": (1.207612, -0.724567),
+    "flow-grpo": (1.290728, -0.774437),  # the population std, .484123 + 1e-4
     "gdpo": (1.207494, -0.724496),  # normalised twice: over the group, then over a batch that is this group
 }
 
@@ -382,6 +405,9 @@ def paper(recipe: Recipe, make: Make = tiny_policy, *, name: str) -> None:
     reward = torch.tensor([1.0, 0, 0, 1, 1, 0, 0, 0])
     right, wrong = EXPECTED[name]
     path = Path(torch.tensor([2]), torch.tensor([4, 5, 1]), torch.zeros(3), torch.ones(3, dtype=torch.bool), "ab")
+    if make is tiny_flow:
+        grid = torch.tensor([0.9, 0.6, 0.3, 0.0], dtype=torch.float64)
+        path = replace(path, prompt=Course.of("a", grid, FlowSDE()), steps=torch.zeros(4, 2), output=QUADRANTS["a"])
     zero = [torch.zeros(3)] * 8
     more = {"logp_ref": zero, "lot": torch.arange(8) / 8}
     group = Group(Draw(0, 1).__iter__().__next__(), [path] * 8, {"reward": reward, "correct": reward, **more})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.laws.laws import EXPECTED, LAWS
+from tests.laws.laws import EXPECTED, LAWS, MAKE
 
 from gruppo.recipes import RECIPES, Entry, recipe
 
@@ -12,15 +12,15 @@ from gruppo.recipes import RECIPES, Entry, recipe
 @pytest.mark.parametrize("name", [e.nickname for e in RECIPES.values()])
 def test_law(name: str, law: str) -> None:
     entry: Entry = next(e for e in RECIPES.values() if e.nickname == name)
-    value = recipe(entry.arxiv, **entry.tiny)
+    value, make = recipe(entry.arxiv, **entry.tiny), MAKE[entry.family]
     if law == "paper":
-        LAWS[law](value, name=name)
+        LAWS[law](value, make, name=name)
     elif law == "weight":  # what an opt-out leaves standing: no negative weight, none off the mask, no row left out
-        LAWS[law](value, one=law not in entry.laws)
+        LAWS[law](value, make, one=law not in entry.laws)
     elif law in entry.laws:
         pytest.skip(f"{name} opts out of {law}: {entry.laws[law]}")
     else:
-        LAWS[law](value)
+        LAWS[law](value, make)
 
 
 def test_every_recipe_has_worked_numbers() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gruppo import docs
-from gruppo.recipes import RECIPES, recipe
+from gruppo.recipes import RECIPES, find, recipe
 
 
 def test_pages_are_current() -> None:
@@ -24,7 +24,7 @@ def test_no_page_without_a_recipe() -> None:
 
 @pytest.mark.parametrize("name", [e.nickname for e in RECIPES.values()])
 def test_every_statistic_is_explained(name: str) -> None:
-    assert set(docs.statistics(recipe(name))) <= set(docs.STATISTICS)
+    assert set(docs.statistics(recipe(name), find(name).family)) <= set(docs.STATISTICS)
 
 
 def test_changes_go_as_deep_as_the_types_agree() -> None:

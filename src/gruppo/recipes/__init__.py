@@ -20,6 +20,7 @@ from gruppo.recipes.cispo import cispo
 from gruppo.recipes.corrected import corrected, grpo_mis, grpo_tis
 from gruppo.recipes.dapo import dapo
 from gruppo.recipes.dr_grpo import dr_grpo
+from gruppo.recipes.flow_grpo import flow_grpo
 from gruppo.recipes.gdpo import gdpo
 from gruppo.recipes.grpo import grpo
 from gruppo.recipes.gspo import gspo, gspo_token
@@ -77,6 +78,7 @@ class Entry:
 
 
 TINY = {"n": 8}
+SMALL = {"clip": 0.2}  # two latent elements move a ratio as a token does; 1e-4 is made for a mean over 1e5 of them
 OFF_POLICY = "Group-Relative REINFORCE Is Secretly an Off-Policy Algorithm: Demystifying Some Myths About GRPO and Its Friends"
 
 RECIPES: dict[str, Entry] = {
@@ -253,6 +255,15 @@ RECIPES: dict[str, Entry] = {
             gdpo,
             base="multi-objective-grpo",
             tiny={"n": 8, "weights": {"reward": 1.0}},  # the run's own sum as the one objective
+        ),
+        Entry(
+            "2505.05470",
+            "flow-grpo",
+            "Flow-GRPO: Training Flow Matching Models via Online RL",
+            flow_grpo,
+            base=None,
+            family="image",
+            tiny={"n": 8, **SMALL},
         ),
     )
 }

@@ -23,12 +23,14 @@ from gruppo.graders.grade import Grading
 from gruppo.policies.token import TokenPolicy
 from gruppo.recipe import Recipe, describe
 from gruppo.recipes import find, recipe
+from gruppo.recipes.golden_flow import FlowDraw, flow_grading, tiny_flow
 from gruppo.train import Iteration, iterate
 from gruppo.types import Group, GruppoError, Reference, Task
 
 CURVES = pathlib.Path(__file__).parents[3] / "tests" / "golden"
 SIGNS, LETTERS = "<>", "abcdefghijklmnop"
 STEPS, PROMPTS, LONGEST, RATE = 20, 6, 8, 0.2
+RATES = {"text": RATE, "image": 3.0}  # of plain gradient descent; a mean over latent elements has small gradients
 
 
 class Alphabet:
@@ -127,29 +129,36 @@ class Trial:
     """A tiny run that can be advanced step by step."""
 
     recipe: Recipe
-    policy: TokenPolicy
+    policy: Any
     optimizer: torch.optim.Optimizer
     rng: torch.Generator
     reference: Reference | None
     stream: list[int]
+    draw: Any
+    grade: Grading
 
     @staticmethod
-    def of(recipe: Recipe, seed: int = 0, rate: float = RATE, temperature: float = 1.0) -> Trial:
-        policy = tiny_policy(seed, temperature)
+    def of(recipe: Recipe, seed: int = 0, rate: float = RATE, temperature: float = 1.0, *, family: str = "text") -> Trial:
+        make, draw, grade = FAMILIES[family]
+        policy = make(seed, temperature)
         reference = None if recipe.reference is None else recipe.reference(policy)
         policy.reference = reference
         rng = torch.Generator().manual_seed(seed + 1)
-        return Trial(recipe, policy, torch.optim.SGD(policy.parameters(), lr=rate), rng, reference, [0])
+        return Trial(recipe, policy, torch.optim.SGD(policy.parameters(), lr=rate), rng, reference, [0], draw, grade())
 
     def advance(self) -> Iteration:
-        draw = Draw(self.stream[0], 0, self.stream).more(PROMPTS)
-        return iterate(self.policy, draw, grading(), self.recipe, self.optimizer, self.rng, ref=self.reference)
+        draw = self.draw(self.stream[0], 0, self.stream).more(PROMPTS)
+        return iterate(self.policy, draw, self.grade, self.recipe, self.optimizer, self.rng, ref=self.reference)
+
+
+# what the tiny run of a family is made of: its policy, its stream of prompts, its graders
+FAMILIES: dict[str, Any] = {"text": (tiny_policy, Draw, grading), "image": (tiny_flow, FlowDraw, flow_grading)}
 
 
 def record(name: str, steps: int = STEPS) -> dict[str, Any]:
     """Train the recipe on the tiny task and return its curve: means over the step's groups, and the loss's statistics."""
     entry = find(name)
-    trial = Trial.of(recipe(entry.arxiv, **entry.tiny))
+    trial = Trial.of(recipe(entry.arxiv, **entry.tiny), rate=RATES[entry.family], family=entry.family)
     rows = []
     for _ in range(steps):
         done = trial.advance()
@@ -160,7 +169,7 @@ def record(name: str, steps: int = STEPS) -> dict[str, Any]:
         row = {"correct": float(correct.mean()), "reward": float(shaped.mean()), "length": length, **stats}
         rows.append({k: round(v, 7) for k, v in row.items()})
     numbers = {k: describe(v) if callable(v) else v for k, v in entry.tiny.items()}
-    return {"recipe": entry.nickname, "numbers": numbers, "prompts": PROMPTS, "rate": RATE, "steps": rows}
+    return {"recipe": entry.nickname, "numbers": numbers, "prompts": PROMPTS, "rate": RATES[entry.family], "steps": rows}
 
 
 def write(name: str, folder: pathlib.Path = CURVES) -> pathlib.Path:

@@ -20,6 +20,7 @@ from gruppo.policies.flow import Course, Walk
 from gruppo.policies.kernels import FlowSDE, Kernel, Solver
 from gruppo.types import Grade, Group, GruppoError, Path, Task
 
+FLOW_SDE = FlowSDE()
 Noisy = Callable[[int, torch.Generator], Sequence[int]]  # steps of the grid -> those that draw noise, ascending
 Trained = Callable[[Sequence[int], int, torch.Generator], Sequence[int]]  # noisy steps, T -> those that one path trains
 Grid = Callable[[Tensor, Sequence[int]], Tensor]  # the policy's grid and the noisy steps -> the grid that is walked
@@ -84,7 +85,7 @@ class Trajectories:
     """n independent ways from noise to picture for every prompt, all of one step's prompts walked together."""
 
     n: int
-    kernel: Kernel = FlowSDE()
+    kernel: Kernel = FLOW_SDE
     noisy: Noisy = everywhere
     trained: Trained = all_noisy
     shared_noise: bool = False  # the paths of a prompt begin at one and the same noise
