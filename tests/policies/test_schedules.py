@@ -145,7 +145,7 @@ def test_a_grid_falls_from_at_most_one_to_the_picture(name: str) -> None:
 def test_grids_that_cannot_be() -> None:
     with pytest.raises(GruppoError, match="0 steps"):
         S.linear(0)
-    with pytest.raises(GruppoError, match="1 step cannot be stretched to end at 0.02"):
+    with pytest.raises(GruppoError, match=r"1 step cannot be stretched to end at 0\.02"):
         S.resolution_shifted(1, 0.7, terminal=0.02)
     with pytest.raises(GruppoError, match="1001 steps, but the network was trained on 1000"):
         S.ddim(S.scaled_linear_abar(), 1001)

@@ -1,0 +1,73 @@
+"""Wan 2.1, text to video: a transformer that predicts velocity on latents [channels, frames, height, width].
+
+The deterministic step of a walk is Euler's. The scheduler of the published folders, UniPC, gives the grid; its own steps look
+back at two predictions, so pictures of few steps differ from the pipeline's. A video is a list of PIL images.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from gruppo.policies.painters import Asked
+from gruppo.policies.painters.pipeline import PipelinePainter
+from gruppo.policies.painters.qwen import spread
+from gruppo.types import GruppoError
+
+JUST_BELOW = 1e-4  # 1000 sigma of a whole timestep may come back from float32 as 899.99998
+
+
+class WanPainter(PipelinePainter):
+    """A condition is the prompt's embeddings, padded with zeros to [512, D]."""
+
+    pipelines = "WanPipeline"
+    video = True
+    guided = 5.0
+    text: ClassVar[int] = 512
+    length: ClassVar[int] = 81  # frames when none are asked
+
+    def __init__(self, pipeline: Any, asked: Asked) -> None:
+        if pipeline.transformer is None or pipeline.transformer_2 is not None:
+            raise GruppoError("this Wan has two networks, one for high and one for low noise; there is a painter for one")
+        if pipeline.config.expand_timesteps:
+            raise GruppoError("this Wan tells every token its own timestep (text-image-to-video); there is no painter for that")
+        super().__init__(pipeline, asked)
+        # UniPC tells the network whole timesteps, the Euler scheduler broken ones
+        self.whole = not self._scheduler_with(2).timesteps.is_floating_point()
+
+    @property
+    def factor(self) -> int:
+        return self.pipeline.vae_scale_factor_spatial
+
+    @property
+    def usual(self) -> tuple[int, int]:
+        return 480, 832
+
+    def latent(self, height: int, width: int) -> tuple[tuple[int, ...], int]:
+        frames, every = self.asked.frames or self.length, self.pipeline.vae_scale_factor_temporal
+        if frames < 1 or frames % every != 1 % every:
+            raise GruppoError(f"{frames} frames were asked for; this Wan paints 1, {1 + every}, {1 + 2 * every} .. frames")
+        config = self.pipeline.transformer.config
+        kept = (frames - 1) // every + 1
+        t, h, w = config.patch_size
+        return (config.in_channels, kept, height, width), (kept // t) * (height // h) * (width // w)
+
+    def condition(self, prompt: str) -> Tensor:
+        words, _ = self.pipeline.encode_prompt(prompt, do_classifier_free_guidance=False, max_sequence_length=self.text)
+        return words[0]
+
+    def predict(self, x: Tensor, sigma: Tensor, conditions: list[Any]) -> Tensor:
+        timestep = 1000 * sigma
+        return self.model(
+            hidden_states=x.to(self.dtype),
+            timestep=(1000 * sigma.double() + JUST_BELOW).floor().long() if self.whole else timestep,
+            encoder_hidden_states=self.stacked(conditions),
+            return_dict=False,
+        )[0]
+
+    def decode(self, x: Tensor) -> list[Any]:
+        with torch.no_grad():
+            video = self.pipeline.vae.decode(spread(self.pipeline.vae, self.to_vae(x)), return_dict=False)[0]
+        return self.pipeline.video_processor.postprocess_video(video, output_type="pil")
