@@ -14,10 +14,11 @@ import torch
 from gruppo.graders.sources import load as load_source
 from gruppo.recipe import Recipe
 from gruppo.runs import data as tasks_of
+from gruppo.runs.build import build_policy, world_of
 from gruppo.runs.config import RunConfig, assemble, read
 from gruppo.runs.evaluate import Evaluation, Metric, evaluate
 from gruppo.runs.folder import RunFolder
-from gruppo.runs.session import Given, Session, build_policy, grading_of, metrics_of, resolve, world_of
+from gruppo.runs.session import Given, Session, grading_of, metrics_of, resolve
 from gruppo.types import GruppoError, Task
 
 
@@ -241,7 +242,7 @@ def evaluation_of(
     config = assemble(base, {k: v for k, v in asked.items() if v is not None}, settings)
     config = resolve(config, Given(), say)
     own = config.eval
-    policy = build_policy(config, Given())
+    policy = build_policy(config)
     grade = grading_of(config, Given())
     return evaluate(
         policy,

@@ -50,6 +50,10 @@ class Painter(Protocol):
         """A folder from which the pipeline's own library loads everything again."""
         ...
 
+    def restore(self, folder: FilePath) -> None:
+        """The trained weights of a folder that `save` wrote, into the network as it was built."""
+        ...
+
 
 @dataclass(frozen=True)
 class CFG:
@@ -158,6 +162,16 @@ class FlowPolicy:
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def save(self, folder: FilePath, *, merge: bool = False) -> None:
+        """A folder that the pipeline's own library loads."""
+        if merge:
+            raise GruppoError("policy.lora.merge is for text models; a painter's adapter is saved in its pipeline's own form")
+        self.painter.save(folder)
+
+    def restore(self, folder: FilePath) -> None:
+        """The weights of a folder that `save` wrote."""
+        self.painter.restore(folder)
+
     # -- painting -----------------------------------------------------------------------------------------------------
 
     @property
@@ -241,9 +255,9 @@ class FlowPolicy:
         return [image for part in x.split(self.rows) for image in self.painter.decode(part)]
 
     @torch.no_grad()
-    def sample(self, prompts: Sequence[Any], *, g: torch.Generator, steps: int | None = None, **_: Any) -> list[Path]:
+    def sample(self, prompts: Sequence[Any], *, g: torch.Generator) -> list[Path]:
         """One picture per prompt, painted without noise on the evaluation's grid. Nothing in these paths can be trained."""
-        sigmas = self.painter.sigmas(steps or self.eval_steps)
+        sigmas = self.painter.sigmas(self.eval_steps)
         courses = [Course.of(p, sigmas, FlowSDE(), ()) for p in prompts]
         done = self.walk(self.noise(len(courses), g), courses, 0, len(sigmas) - 1, counted="evaluated")
         still = torch.zeros(len(sigmas) - 1, dtype=torch.bool)

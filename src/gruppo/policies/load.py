@@ -69,11 +69,11 @@ def with_adapter(model: Any, peft_config: Any, seed: int) -> Any:
         return get_peft_model(model, peft_config)
 
 
-def lora_config(rank: int, alpha: float, targets: str | list[str]) -> Any:
+def lora_config(rank: int, alpha: float, targets: str | list[str], task: str | None = "CAUSAL_LM") -> Any:
     """peft's LoraConfig without dropout, which would make the ratio differ from 1 before the first update."""
     from peft import LoraConfig
 
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none", task_type="CAUSAL_LM")  # pyright: ignore[reportArgumentType]
+    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none", task_type=task)  # pyright: ignore[reportArgumentType]
 
 
 def ignored_sampling(model: Any, temperature: float) -> str | None:

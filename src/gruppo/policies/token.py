@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from gruppo.core.collate import blocks
+from gruppo.policies.load import restore, save
 from gruppo.types import Batch, GruppoError, Path, Reference, Scope, Steps
 
 
@@ -288,6 +290,14 @@ class TokenPolicy:
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def save(self, folder: FilePath, *, merge: bool = False) -> None:
+        """A plain transformers folder, or peft's adapter folder."""
+        save(self.model, self.tokenizer, folder, merge=merge)
+
+    def restore(self, folder: FilePath) -> None:
+        """The weights of a folder that `save` wrote."""
+        restore(self.model, folder)
 
     def _cast(self):
         return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()

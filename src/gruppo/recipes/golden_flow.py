@@ -53,6 +53,9 @@ class Points:
     def save(self, folder: pathlib.Path) -> None:
         torch.save(self.model.state_dict(), folder / "points.pt")
 
+    def restore(self, folder: pathlib.Path) -> None:
+        self.model.load_state_dict(torch.load(folder / "points.pt"))
+
 
 def tiny_flow(seed: int = 0, temperature: float = 1.0, *, cfg: CFG | None = None, steps: int = STEPS) -> FlowPolicy:
     """The tiny painter as a policy of a few steps. A flow has no temperature; the argument stands for the text policy's."""

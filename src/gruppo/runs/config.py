@@ -51,6 +51,12 @@ class PolicySection(Section):
     sample_rows: int = Field(256, ge=1)  # paths that decode together: bounds the key-value cache
     top_p: float | None = None
     top_k: int | None = None
+    denoising_steps: int | None = Field(None, ge=1)  # of an image model while it trains
+    eval_denoising_steps: int | None = Field(None, ge=1)  # while it is evaluated; as many as in training when not given
+    guidance: float | None = Field(None, ge=0)  # classifier-free, or embedded where the network takes it so
+    detach_unconditional: bool = False  # no gradient through the unconditional branch of classifier-free guidance
+    size: tuple[int, int] | None = None  # height and width of the pictures; the pipeline's own when not given
+    frames: int | None = Field(None, ge=1)  # of a video
 
     @model_validator(mode="after")
     def _whole_distribution(self) -> PolicySection:

@@ -23,15 +23,16 @@ from typing import Any
 import torch
 
 from gruppo.core.collate import NotFinite, Passes
-from gruppo.policies.load import ignored_sampling, load_model, load_tokenizer, lora_config, restore, save, with_adapter
+from gruppo.policies.flow import FlowPolicy
+from gruppo.policies.load import ignored_sampling, load_tokenizer, save
 from gruppo.policies.reference import initial
-from gruppo.policies.token import TokenPolicy
 from gruppo.recipe import Recipe, check_needs, whole
 from gruppo.recipes import find, recipe
 from gruppo.rollouts.stale import stale
 from gruppo.rollouts.stored import Stored, offline, read_groups
 from gruppo.runs import data as tasks_of
 from gruppo.runs import threads as torch_threads
+from gruppo.runs.build import agree, build_policy, paints, probe, world_of
 from gruppo.runs.config import RunConfig, arguments, dump, read, validate
 from gruppo.runs.evaluate import Evaluation, Metric, evaluate
 from gruppo.runs.folder import RunFolder
@@ -41,9 +42,7 @@ from gruppo.runs.track import tracker
 from gruppo.train import fit
 from gruppo.types import Group, GruppoError, Reference, Task
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 RECIPE_FILE, PEFT_FOLDER, INITIAL_FOLDER = "recipe.pickle", "peft", "initial"
-MOST_GAP = 0.01  # nats between sampler and trainer in float32; 1e-6 is usual, a wrong position or temperature gives 0.1 and more
 
 
 @dataclass(frozen=True)
@@ -90,7 +89,7 @@ class Session:
         self.step, self.seconds = 0, 0.0
         self.best: dict[str, Any] | None = None  # step, metric and score of the best held-out evaluation
         torch.set_num_threads(config.policy.threads or 1)
-        self.policy = build_policy(config, given, folder)
+        self.policy = build_policy(config, given.model, given.tokenizer, given.peft_config)
         self.tasks, self.held_out = self._data()
         self.stages = self._stages()
         self.stage = 0
@@ -149,6 +148,8 @@ class Session:
         config, out = self.config, []
         held: list[Task] = []
         world = world_of(config)
+        if config.offline and isinstance(self.policy, FlowPolicy):
+            raise GruppoError("stored groups of an image model hold no latents, so it cannot be trained on them; remove offline")
         self.buffer = read_groups(config.offline, self.policy) if config.offline else []
         for n in range(max(1, len(config.stages))):
             own = config.at(n)
@@ -161,7 +162,7 @@ class Session:
             source = self.given.data if n == 0 or own.data == config.data else None
             rows = tasks_of.load_data(own.data if source is None else source)
             name = str(own.data) if source is None else "the data"
-            tasks_of.check_lengths(self.policy, rows, own.policy.max_new_tokens, name)
+            self._check_lengths(rows, own.policy.max_new_tokens, name)
             kept = tasks_of.only(rows, own.only)
             inside = 0.0 if own.eval.data or self.given.held_out is not None or world else own.eval.share
             train, away = tasks_of.split(kept, inside, own.eval.tasks)
@@ -170,7 +171,7 @@ class Session:
         if self.given.held_out is not None or config.eval.data:
             source = config.eval.data if self.given.held_out is None else self.given.held_out
             held = tasks_of.load_data(source)[: config.eval.tasks]
-            tasks_of.check_lengths(self.policy, held, config.policy.max_new_tokens, "the held-out data")
+            self._check_lengths(held, config.policy.max_new_tokens, "the held-out data")
             own_prompts = {tasks_of.digest(t.prompt) for t in held}
             for train in out:
                 shared = sum(tasks_of.digest(t.prompt) in own_prompts for t in train or ())
@@ -182,6 +183,10 @@ class Session:
         away = {tasks_of.digest(t.prompt) for t in held}
         out = [t if t is None or config.eval.data else [x for x in t if tasks_of.digest(x.prompt) not in away] for t in out]
         return out, held
+
+    def _check_lengths(self, rows: list[Task], longest: int, name: str) -> None:
+        if not isinstance(self.policy, FlowPolicy):  # what a painter reads of a prompt is cut by its text encoder, not by us
+            tasks_of.check_lengths(self.policy, rows, longest, name)
 
     def _stages(self) -> list[Stage]:
         out: list[Stage] = []
@@ -221,7 +226,8 @@ class Session:
         stage = self.stages[n]
         self.stage = n
         self.stream = tasks_of.Stream(stage.at)
-        self.policy.temperature, self.policy.max_new = stage.config.policy.temperature, stage.config.policy.max_new_tokens
+        if not isinstance(self.policy, FlowPolicy):  # a flow has neither
+            self.policy.temperature, self.policy.max_new = stage.config.policy.temperature, stage.config.policy.max_new_tokens
         maker = stage.recipe.reference
         if n and maker is not None and maker != self.stages[n - 1].recipe.reference and maker is not initial:
             self.references[maker] = maker(self.policy)  # a moving average starts where its stage starts
@@ -243,12 +249,12 @@ class Session:
             task = stage.at(0)
             check_needs(stage.recipe, self.tasks[n] or [task])
             rng = torch.Generator().manual_seed(stage.config.fit.seed)
-            asked, longest = task.prompt, min(32, self.policy.max_new)
             if self.buffer:  # as it was read: the prompt's text is not tokenised again
                 first = self.buffer[0].paths[0]
-                asked, longest = first.prompt, min(longest, len(first))
-            paths = self.policy.sample([asked] * 2, g=rng, max_new=longest)
-            self._agree(paths)
+                paths = self.policy.sample([first.prompt] * 2, g=rng, max_new=min(32, self.policy.max_new, len(first)))
+            else:
+                paths = probe(self.policy, task, rng)
+            agree(self.policy, self.config, paths)
             if self.buffer:
                 regraded = stage.grade.preflight(self.buffer[:1]) if stage.config.rewards else self.buffer
                 check_needs(stage.recipe, (), regraded)
@@ -256,17 +262,6 @@ class Session:
             graded = stage.grade.preflight([Group(task, paths)])[0]
             check_needs(stage.recipe, (), [graded])
         self._enter(0)
-
-    def _agree(self, paths: list[Any]) -> None:
-        """Sampler and trainer must say the same about the same tokens; in float32 there is no excuse."""
-        if self.config.policy.dtype != "float32" or self.config.policy.autocast:
-            return
-        gap = max(float((p.logp - read)[p.mask].abs().max()) for p, read in zip(paths, self.policy.score(paths)))
-        if not gap < MOST_GAP:
-            raise GruppoError(
-                f"the sampler's and the trainer's log-probabilities of the same tokens differ by {gap:.3g} before step 0 (in "
-                f"float32 at most {MOST_GAP}), so every ratio would be wrong; `gruppo doctor --model ...` looks closer"
-            )
 
     def facts(self) -> dict[str, str]:
         """What the run found out about itself, to be read before it starts."""
@@ -280,6 +275,8 @@ class Session:
             or "an endless stream",
             "held-out tasks": f"{len(self.held_out):,}",
         }
+        if isinstance(self.policy, FlowPolicy):
+            return out
         ignored = ignored_sampling(self.policy.model, self.policy.temperature)
         return out | ({"note": ignored} if ignored else {})
 
@@ -444,7 +441,7 @@ class Session:
         try:
             self.folder.save(
                 self.step,
-                lambda folder: save(self.policy.model, self.policy.tokenizer, folder, merge=bool(lora and lora.merge)),
+                lambda folder: self.policy.save(folder, merge=bool(lora and lora.merge)),
                 self.state(),
             )
         except GruppoError as error:
@@ -458,7 +455,7 @@ class Session:
     def load(self, step: int) -> None:
         """Back to the moment a checkpoint was written."""
         state = self.folder.load(step)
-        restore(self.policy.model, self.folder.checkpoint(step))
+        self.policy.restore(self.folder.checkpoint(step))
         self._enter(state["stage"])
         self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
         self.stream.position = state["position"]
@@ -475,42 +472,9 @@ class Session:
 # -- parts --------------------------------------------------------------------------------------------------------------------
 
 
-def world_of(config: RunConfig) -> Any:
-    """The world the run names, or None."""
-    if config.world is None:
-        return None
-    from gruppo.worlds import WORLDS
-
-    return WORLDS[config.world]
-
-
 def _world_stream(config: RunConfig, seed: int) -> Callable[[int], Task]:
     world = world_of(config)
     return tasks_of.only_at(lambda i: world.task(seed, i), config.only)
-
-
-def build_policy(config: RunConfig, given: Given, folder: RunFolder | None = None) -> Any:
-    """The policy with its initial weights, and with the tools of its world where it has some."""
-    own = config.policy
-    world = world_of(config)
-    source = given.model if given.model is not None else config.model or (world.base if world is not None else None)
-    model = load_model(source, dtype=DTYPES[own.dtype], device=own.device)
-    named = source if isinstance(source, (str, Path)) else getattr(source, "name_or_path", "")
-    tokenizer = load_tokenizer(given.tokenizer if given.tokenizer is not None else config.tokenizer or named)
-    if given.peft_config is not None:
-        model = with_adapter(model, given.peft_config, config.fit.seed)
-    elif own.lora is not None:
-        model = with_adapter(model, lora_config(own.lora.rank, own.lora.alpha, own.lora.targets), config.fit.seed)
-    policy = TokenPolicy(
-        model,
-        tokenizer,
-        temperature=own.temperature,
-        max_new=own.max_new_tokens,
-        autocast=torch.bfloat16 if own.autocast else None,
-        checkpointing=own.gradient_checkpointing,
-        sample_rows=own.sample_rows,
-    )
-    return policy if world is None else world.equipped(policy)
 
 
 def sampling(config: RunConfig) -> tuple[int, int, int]:
@@ -609,11 +573,12 @@ def resolve(config: RunConfig, given: Given, say: Callable[[str], None]) -> RunC
         threads = choice.threads
         say(f"torch threads: {choice}")
     changes: dict[str, Any] = {"policy": policy.model_copy(update={"device": device, "threads": threads})}
+    greedy = config.eval.greedy and not paints(config, given.model)  # a flow has no likeliest picture
     changes["offline"] = [absolute(source) or source for source in config.offline]
     for key in ("model", "tokenizer", "data"):
         changes[key] = absolute(getattr(config, key))
     changes["rewards"] = [absolute_reward(r) for r in config.rewards]
-    changes["eval"] = config.eval.model_copy(update={"data": absolute(config.eval.data)})
+    changes["eval"] = config.eval.model_copy(update={"data": absolute(config.eval.data), "greedy": greedy})
     changes["stages"] = [
         stage.model_copy(
             update={

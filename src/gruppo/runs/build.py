@@ -1,0 +1,142 @@
+"""From a run's description to its policy, for models that write and for models that paint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gruppo.policies.flow import CFG, Course, FlowPolicy, Painter
+from gruppo.policies.kernels import FlowSDE
+from gruppo.policies.load import load_model, load_tokenizer, lora_config, with_adapter
+from gruppo.policies.token import TokenPolicy
+from gruppo.recipes import find
+from gruppo.runs.config import RunConfig
+from gruppo.types import GruppoError, Task
+from gruppo.types import Path as SampledPath
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MOST_GAP = 0.01  # nats between sampler and trainer in float32; 1e-6 is usual, a wrong position or temperature gives 0.1 and more
+DENOISING_STEPS = 10  # of training, where neither the run nor its world says so (Flow-GRPO's number)
+LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # the attention of diffusers' networks
+
+
+def world_of(config: RunConfig) -> Any:
+    """The world the run names, or None."""
+    if config.world is None:
+        return None
+    from gruppo.worlds import WORLDS
+
+    return WORLDS[config.world]
+
+
+def source_of(config: RunConfig, model: Any = None) -> Any:
+    """The model of a run: the object given, the one it names, or its world's."""
+    world = world_of(config)
+    return model if model is not None else config.model or (world.base if world is not None else None)
+
+
+def paints(config: RunConfig, model: Any = None) -> bool:
+    """Whether the run's model is an image model: its folder is a pipeline's, or, off this disk, its recipe is for images."""
+    source = source_of(config, model)
+    if isinstance(source, (str, Path)):
+        folder = Path(source).expanduser()
+        if folder.is_dir():
+            return (folder / "model_index.json").exists()
+        return not config.recipe.endswith(".pickle") and find(config.recipe).family == "image"
+    return isinstance(source, Painter)
+
+
+def build_policy(config: RunConfig, model: Any = None, tokenizer: Any = None, peft_config: Any = None) -> Any:
+    """The policy with its initial weights, and with the tools of its world where it has some."""
+    if paints(config, model):
+        _fits(config, "image")
+        return painting_policy(config, model, peft_config)
+    _fits(config, "text")
+    own, world, source = config.policy, world_of(config), source_of(config, model)
+    loaded = load_model(source, dtype=DTYPES[own.dtype], device=own.device)
+    named = source if isinstance(source, (str, Path)) else getattr(source, "name_or_path", "")
+    words = load_tokenizer(tokenizer if tokenizer is not None else config.tokenizer or named)
+    if peft_config is not None:
+        loaded = with_adapter(loaded, peft_config, config.fit.seed)
+    elif own.lora is not None:
+        loaded = with_adapter(loaded, lora_config(own.lora.rank, own.lora.alpha, own.lora.targets), config.fit.seed)
+    policy = TokenPolicy(
+        loaded,
+        words,
+        temperature=own.temperature,
+        max_new=own.max_new_tokens,
+        autocast=torch.bfloat16 if own.autocast else None,
+        checkpointing=own.gradient_checkpointing,
+        sample_rows=own.sample_rows,
+    )
+    return policy if world is None else world.equipped(policy)
+
+
+def _fits(config: RunConfig, family: str) -> None:
+    """A sentence when the recipe is made for another kind of model."""
+    if config.recipe.endswith(".pickle"):
+        return
+    made = find(config.recipe)
+    if (made.family == "image") != (family == "image"):
+        kind = {"image": "paints", "text": "writes"}[family]
+        others = "flow-grpo, mix-grpo, dance-grpo" if family == "image" else "grpo, dapo, rloo"
+        raise GruppoError(
+            f"the recipe {made.nickname} is for {made.family} models, but the model of this run {kind}; recipes for it are "
+            f"{others} and others (gruppo list)"
+        )
+
+
+def painting_policy(config: RunConfig, model: Any, peft_config: Any) -> FlowPolicy:
+    """A painter as the policy of the run."""
+    from gruppo.policies.painters import load_painter
+
+    own, source = config.policy, source_of(config, model)
+    painter = source
+    if not isinstance(painter, Painter):
+        painter = load_painter(
+            source, dtype=DTYPES[own.dtype], device=own.device, size=own.size, frames=own.frames, guidance=own.guidance
+        )
+    if peft_config is not None:
+        painter.model = with_adapter(painter.model, peft_config, config.fit.seed)
+    elif own.lora is not None:
+        targets = getattr(painter, "lora_targets", LORA_TARGETS) if own.lora.targets == "all-linear" else own.lora.targets
+        adapter = lora_config(own.lora.rank, own.lora.alpha, targets, None)
+        painter.model = with_adapter(painter.model, adapter, config.fit.seed)
+    embedded = getattr(painter, "embeds_guidance", False)  # the network reads the scale itself and needs one call, not two
+    cfg = None
+    if own.guidance is not None and own.guidance != 1 and not embedded:
+        cfg = CFG(own.guidance, own.detach_unconditional, getattr(painter, "rescales_guidance", False))
+    return FlowPolicy(
+        painter,
+        steps=own.denoising_steps or DENOISING_STEPS,
+        eval_steps=own.eval_denoising_steps,
+        cfg=cfg,
+        rows=own.sample_rows,
+        autocast=torch.bfloat16 if own.autocast else None,
+    )
+
+
+def probe(policy: Any, task: Task, g: torch.Generator) -> list[SampledPath]:
+    """Two short paths, as training would sample them, to be graded and read again before step 0."""
+    if not isinstance(policy, FlowPolicy):
+        return policy.sample([task.prompt] * 2, g=g, max_new=min(32, policy.max_new))
+    sigmas = policy.sigmas
+    course = Course.of(task.prompt, sigmas, FlowSDE())
+    done = policy.walk(policy.noise(2, g), [course], 0, len(course), g=g, counted="probed")
+    images = policy.decode(done.last)
+    return [SampledPath(course, done.x[i].cpu(), done.logp[i].cpu(), course.stochastic, images[i]) for i in range(2)]
+
+
+def agree(policy: Any, config: RunConfig, paths: list[SampledPath]) -> None:
+    """Sampler and trainer must say the same about the same steps; in float32 there is no excuse."""
+    if config.policy.dtype != "float32" or config.policy.autocast:
+        return
+    read = policy.score(paths)
+    gap = max(float((p.logp - now)[p.mask].abs().max()) for p, now in zip(paths, read) if p.mask.any())
+    if not gap < MOST_GAP:
+        raise GruppoError(
+            f"the sampler's and the trainer's log-probabilities of the same steps differ by {gap:.3g} before step 0 (in "
+            f"float32 at most {MOST_GAP}), so every ratio would be wrong; `gruppo doctor --model ...` looks closer"
+        )
