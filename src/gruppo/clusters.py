@@ -82,17 +82,29 @@ def numeric(texts: Sequence[str], task: Task) -> list[int]:
 
 @dataclass(frozen=True)
 class SentenceEncoder:
-    """A sentence-transformers model as an encoder, loaded when it is first asked."""
+    """A sentence-transformers model as an encoder, loaded when it is first asked; `name` may be a folder.
+
+    A text that the model would have to cut has no vector (NaN): by their beginnings alone, different long answers look the same.
+    """
 
     name: str = "sentence-transformers/all-MiniLM-L6-v2"
 
     def __call__(self, texts: Sequence[str]) -> Any:
-        return _pretrained("SentenceTransformer", self.name).encode(list(texts), show_progress_bar=False)
+        model = _pretrained("SentenceTransformer", self.name)
+        vectors = torch.as_tensor(model.encode(list(texts), show_progress_bar=False))
+        longest = model.max_seq_length
+        ids = model.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        cut = torch.tensor([longest is not None and len(i) > longest for i in ids], device=vectors.device)
+        return vectors.masked_fill(cut[:, None], torch.nan)
 
 
 @dataclass(frozen=True)
 class Embedded:
-    """Answers whose embeddings have a cosine of at least `threshold` are the same, and so are those linked by a chain of such."""
+    """Answers whose embeddings have a cosine of at least `threshold` are the same, and so are those linked by a chain of such.
+
+    An answer whose vector is NaN throughout could not be read and agrees with nobody. How close two answers are is the encoder's
+    opinion: small ones hold names apart well and numbers badly (`numeric` is for those), so look at some before choosing.
+    """
 
     encode: Encode = field(default_factory=SentenceEncoder)
     threshold: float = 0.9
@@ -105,11 +117,12 @@ class Embedded:
         vectors = torch.as_tensor(self.encode(texts)).double().cpu()
         if vectors.dim() != 2 or len(vectors) != len(texts):
             raise GruppoError(f"the encoder gave numbers of shape {tuple(vectors.shape)} for {len(texts)} answers")
-        bad = ~vectors.isfinite().all(1) | (vectors.norm(dim=1) == 0)
+        unread = vectors.isnan().all(1)
+        bad = ~unread & (~vectors.isfinite().all(1) | (vectors.norm(dim=1) == 0))
         if bad.any():
             raise GruppoError(f"the encoder's vector of the answer {texts[int(bad.nonzero()[0])]!r} is zero or not finite")
         unit = vectors / vectors.norm(dim=1, keepdim=True)
-        return linked(unit @ unit.T >= self.threshold - 1e-9)
+        return linked(unit @ unit.T >= self.threshold - 1e-9)  # no comparison with NaN is true
 
 
 @dataclass(frozen=True)
@@ -192,4 +205,8 @@ def _pretrained(kind: str, name: str) -> Any:
             f"comparing answers with {name} needs the package sentence-transformers: pip install 'gruppo[embed]', or compare "
             "them with clusters.exact or clusters.numeric"
         ) from None
-    return getattr(sentence_transformers, kind)(name)
+    try:
+        return getattr(sentence_transformers, kind)(name)
+    except (OSError, ValueError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise GruppoError(f"the model {name!r} for comparing answers cannot be loaded: {said[0][:200]}") from error

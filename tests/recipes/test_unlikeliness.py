@@ -131,6 +131,20 @@ def test_an_abstained_path_has_no_rank() -> None:
     assert math.isnan(silent[1])
 
 
+def test_a_path_of_unknown_correctness_is_ranked_and_not_discounted() -> None:
+    g = group([1.0, math.nan, 0.0], [-3, -1, -2], reward=[1.0, 0.4, 0.0])  # another grader gave the second one a reward
+    assert unlikeliness().reward(g).tolist() == pytest.approx([1.0, 0.4, 0.0])
+    g = group([1.0, math.nan, 0.0], [-1, -3, -2], reward=[1.0, 0.4, 0.0])
+    assert unlikeliness().reward(g).tolist() == pytest.approx([1 - 0.25 * 2 / 3, 0.4, 0.0])
+
+
+def test_a_path_without_a_trained_step_has_no_rank() -> None:
+    g = group([1.0, 1.0, 1.0], [-1, -2, -3])
+    bare = replace(g.paths[1], mask=torch.tensor([False]))
+    found = unlikeliness().reward(g.with_(paths=[g.paths[0], bare, g.paths[2]]))
+    assert found.tolist() == pytest.approx([1 - 0.25 / 2, 1.0, 1.0])
+
+
 def test_missing_correctness_is_a_sentence() -> None:
     with pytest.raises(GruppoError, match="discounts the signal 'correct', but the graders of this run give only: reward"):
         unlikeliness().reward(Group(Task("q"), group([1.0], [0.0]).paths, {"reward": torch.ones(1)}))
