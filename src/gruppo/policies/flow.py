@@ -18,13 +18,16 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from gruppo.policies.kernels import FlowSDE, History, Kernel, Solver, over
+from gruppo.policies.kernels import DDIM, FlowSDE, History, Kernel, Solver, over
 from gruppo.types import Batch, GruppoError, Path, Reference, Scope, Steps
 
 
 @runtime_checkable
 class Painter(Protocol):
-    """A denoising network and what surrounds it; a new pipeline is one class with these members."""
+    """A denoising network and what surrounds it; a new pipeline is one class with these members.
+
+    A painter whose network predicts epsilon says so with a further member, `epsilon = True`.
+    """
 
     model: torch.nn.Module  # the network that is trained; everything else is frozen
     shape: tuple[int, ...]  # of one latent
@@ -179,6 +182,18 @@ class FlowPolicy:
         """The grid of training, [steps + 1]."""
         return self.painter.sigmas(self.steps)
 
+    @property
+    def epsilon(self) -> bool:
+        """Whether the network predicts epsilon; velocity otherwise."""
+        return getattr(self.painter, "epsilon", False)
+
+    def fitting(self, kernel: Kernel) -> Kernel:
+        """The kernel, if it reads what the network predicts."""
+        if isinstance(kernel, DDIM) != self.epsilon:
+            told = "epsilon, which only the kernel DDIM reads" if self.epsilon else "velocity, and DDIM reads epsilon"
+            raise GruppoError(f"the kernel is {type(kernel).__name__}, but this network predicts {told}")
+        return kernel
+
     def noise(self, n: int, g: torch.Generator) -> Tensor:
         """[n, ...] latents of pure noise; drawn on the CPU, so that a seed means the same everywhere."""
         return torch.randn(n, *self.painter.shape, generator=g).to(self.device)
@@ -210,7 +225,9 @@ class FlowPolicy:
         same = all(c.kernel == courses[0].kernel for c in courses)
         if not same:
             raise GruppoError("latents that walk together must have one kernel")
-        kernel = courses[0].kernel
+        kernel = self.fitting(courses[0].kernel)
+        if solver is not None and self.epsilon:
+            raise GruppoError(f"{type(solver).__name__} solves rectified flows, but this network predicts epsilon")
         trail, logps, means = [x], [], []
         past: list[History] = [list(h) for h in history] if history else [[] for _ in range(1)]
         clean = x
@@ -298,9 +315,10 @@ class FlowPolicy:
                 return self.painter.predict(x, sigma, conditions).float()
             empty = self.conditions([self.cfg.negative]) * len(x)
             if self.cfg.detach:
+                # in this order: autocast keeps the weights it has cast, and those cast without gradient pass none on
+                c = self.painter.predict(x, sigma, conditions)
                 with torch.no_grad():
                     u = self.painter.predict(x, sigma, empty)
-                c = self.painter.predict(x, sigma, conditions)
             else:
                 both = self.painter.predict(torch.cat([x, x]), torch.cat([sigma, sigma]), conditions + empty)
                 c, u = both.chunk(2)
@@ -349,7 +367,7 @@ class FlowPolicy:
                     f"{float(course_of(path).levels[t]):g} and its deviation 0; narrow the path's mask to its noisy steps"
                 )
         first, whose = shared(pairs)
-        kernel = course_of(pairs[0][0]).kernel
+        kernel = self.fitting(course_of(pairs[0][0]).kernel)
         if any(course_of(p).kernel != kernel for p, _ in pairs):
             raise GruppoError("the paths of one batch were drawn with different kernels; train them in separate batches")
         x = torch.stack([pairs[i][0].steps[pairs[i][1]] for i in first]).to(self.device).float()
