@@ -1,11 +1,12 @@
 """Embedded tasks: a seeded generator, a verifier and a tiny trained base model each."""
 
 from gruppo.worlds.arithmetic import ARITHMETIC
+from gruppo.worlds.catalog import CATALOG
 from gruppo.worlds.countdown import COUNTDOWN
 from gruppo.worlds.safety import SAFETY
 from gruppo.worlds.search import SEARCH
 from gruppo.worlds.world import World
 
-WORLDS: dict[str, World] = {world.name: world for world in (ARITHMETIC, COUNTDOWN, SAFETY, SEARCH)}
+WORLDS: dict[str, World] = {world.name: world for world in (ARITHMETIC, CATALOG, COUNTDOWN, SAFETY, SEARCH)}
 
 __all__ = ["WORLDS", "World"]

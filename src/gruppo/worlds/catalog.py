@@ -209,7 +209,7 @@ CATALOG = World(
     ),
     defaults={
         "policy": {"max_new_tokens": 80, "temperature": 1.0},
-        "fit": {"steps": 60, "prompts_per_step": 16, "paths_per_prompt": 8, "learning_rate": 1e-4},
+        "fit": {"steps": 60, "prompts_per_step": 16, "paths_per_prompt": 8, "learning_rate": 2e-4},
         "eval": {"tasks": 120, "samples": 4},
         "recipe_args": {"beta": 0.0, "ranks": RANKS},
     },
