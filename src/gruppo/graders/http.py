@@ -67,6 +67,9 @@ class Patience:
             )
 
 
+PATIENT = Patience()
+
+
 def post(url: str, body: Any, patience: Patience, headers: Mapping[str, str] | None = None) -> Any:
     """The JSON that the server answers to this JSON; `Unanswered` with the last reason when it never does."""
     scheme, host = urllib.parse.urlsplit(url).scheme, urllib.parse.urlsplit(url).hostname
@@ -111,7 +114,7 @@ class HttpScorer:
     url: str
     batch: int = 8
     workers: int = 8
-    patience: Patience = Patience()
+    patience: Patience = PATIENT
     encode: Encode = png
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
