@@ -28,10 +28,10 @@ class Asked:
     guidance: float | None = None  # 1 = none
 
 
-Load = Callable[[Any, Asked], Painter]  # a folder, a hub id, or a pipeline object
+Load = Callable[[Any, Asked], Any]  # a folder, a hub id, or a pipeline object
 
 
-def glyph(source: Any, asked: Asked) -> Painter:
+def glyph(source: Any, asked: Asked) -> Any:
     """The painter of the world `glyphs`."""
     from gruppo.policies.painters.glyph import GlyphPainter
 

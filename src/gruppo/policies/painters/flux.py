@@ -1,7 +1,7 @@
 """FLUX.1: a transformer that predicts velocity on packed latents [patches, 64]; guidance is a number that the network reads.
 
 The grid is 1, (N-1)/N .. 1/N, shifted by the picture's resolution (`schedules.resolution_shifted`). FLUX.1-schnell has no
-guidance embedding and no shift.
+guidance embedding and no shift; guidance asked of it is classifier-free.
 """
 
 from __future__ import annotations
@@ -12,11 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gruppo.policies.flow import CFG
 from gruppo.policies.painters import Asked
 from gruppo.policies.painters.pipeline import PipelinePainter, patched, unpacked
 from gruppo.policies.schedules import resolution_shift
-from gruppo.types import GruppoError
 
 
 class FluxPainter(PipelinePainter):
@@ -28,20 +26,8 @@ class FluxPainter(PipelinePainter):
 
     def __init__(self, pipeline: Any, asked: Asked) -> None:
         super().__init__(pipeline, asked)
-        if pipeline.transformer.config.guidance_embeds:
-            self.guidance = self.embedded if asked.guidance is None else float(asked.guidance)
-        elif asked.guidance is None:
-            self.guidance = None
-        else:
-            raise GruppoError(
-                f"guidance {asked.guidance:g} was asked for, but this FLUX has no guidance embedding (as FLUX.1-schnell); "
-                "leave it out, or give the policy a CFG"
-            )
-
-    @property
-    def cfg(self) -> CFG | None:
-        """None: what is asked for as guidance is told to the network."""
-        return None
+        scale = self.embedded if asked.guidance is None else float(asked.guidance)
+        self.guidance = scale if self.embeds_guidance else None
 
     @property
     def usual(self) -> tuple[int, int]:

@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from gruppo.policies.flow import CFG
-from gruppo.policies.load import with_adapter
 from gruppo.policies.painters import Asked
 from gruppo.types import GruppoError
 
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 
 class PipelinePainter(ABC):
@@ -33,8 +32,8 @@ class PipelinePainter(ABC):
     video: ClassVar[bool] = False
     guided: ClassVar[float | None] = None  # the pipeline's own scale of classifier-free guidance
     negative: ClassVar[str] = ""  # what the unguided prediction is told
-    rescale: ClassVar[bool] = False  # the guided prediction keeps the norm of the conditional one
-    targets: ClassVar[Sequence[str]] = ATTENTION  # layers that an adapter changes
+    rescales_guidance: ClassVar[bool] = False  # the guided prediction keeps the norm of the conditional one
+    lora_targets: ClassVar[list[str]] = ATTENTION  # layers that an adapter changes
 
     shape: tuple[int, ...]
     tokens: int
@@ -106,7 +105,14 @@ class PipelinePainter(ABC):
     def cfg(self) -> CFG | None:
         """The guidance for `FlowPolicy(cfg=...)`: what was asked for, or the pipeline's own; None where there is none."""
         scale = self.guided if self.asked.guidance is None else self.asked.guidance
-        return None if scale is None or scale == 1 else CFG(scale, rescale=self.rescale, negative=self.negative)
+        if scale is None or scale == 1 or self.embeds_guidance:
+            return None
+        return CFG(scale, rescale=self.rescales_guidance, negative=self.negative)
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the network reads the guidance as a number, which needs one call instead of two."""
+        return bool(getattr(self.pipeline, self.network).config.get("guidance_embeds", False))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -136,21 +142,9 @@ class PipelinePainter(ABC):
 
     # -- weights --------------------------------------------------------------------------------------------------------
 
-    def adapt(self, *, rank: int, alpha: float, seed: int = 0, targets: Sequence[str] | None = None) -> None:
-        """Train a LoRA adapter instead of the network's own weights (A ~ N(0, 1/rank), B = 0; no dropout)."""
-        from peft import LoraConfig
-
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=alpha,
-            init_lora_weights="gaussian",
-            target_modules=list(targets or self.targets),  # pyright: ignore[reportArgumentType]
-        )
-        self.model = with_adapter(self.model, config, seed)
-        self.model.peft_config["default"].base_model_name_or_path = getattr(self.pipeline, "name_or_path", None)
-
     @property
     def adapted(self) -> bool:
+        """Whether `model` was wrapped into a peft adapter: `painter.model = get_peft_model(painter.model, LoraConfig(...))`."""
         return hasattr(self.model, "peft_config") and hasattr(self.model, "disable_adapter")
 
     def save(self, folder: Path) -> None:
@@ -160,9 +154,11 @@ class PipelinePainter(ABC):
             return
         from peft import get_peft_model_state_dict
 
+        own = self.model.peft_config["default"]
+        own.base_model_name_or_path = own.base_model_name_or_path or getattr(self.pipeline, "name_or_path", None)
         weights = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(self.model).items()}
         # without the adapter's config beside the weights diffusers would scale them by 1 instead of alpha / rank
-        config = _plain(self.model.peft_config["default"].to_dict())
+        config = _plain(own.to_dict())
         layers, told = f"{self.network}_lora_layers", f"{self.network}_lora_adapter_metadata"
         self.pipeline.save_lora_weights(str(folder), **{layers: weights, told: config})
         self.model.save_pretrained(str(folder))
@@ -196,11 +192,12 @@ def opened(source: Any, name: str, asked: Asked) -> Any:
 def named_on_the_hub(source: str) -> Any:
     """The class of the pipeline that the hub holds under this id."""
     try:
-        from diffusers import DiffusionPipeline
+        import diffusers
     except ModuleNotFoundError as error:
         raise GruppoError(f"{source} is no folder here, and to ask the hub: pip install gruppo[images]") from error
     try:
-        return DiffusionPipeline.load_config(source).get("_class_name")
+        kind: Any = diffusers.DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+        return kind.load_config(source).get("_class_name")
     except (OSError, ValueError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise GruppoError(f"cannot load {source!r} from the hub, and there is no folder of that name here: {reason}") from error

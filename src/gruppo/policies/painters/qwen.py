@@ -21,7 +21,7 @@ class QwenPainter(PipelinePainter):
     pipelines = "QwenImagePipeline"
     guided = 4.0
     negative = " "
-    rescale = True
+    rescales_guidance = True
 
     @property
     def usual(self) -> tuple[int, int]:

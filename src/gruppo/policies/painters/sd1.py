@@ -27,7 +27,7 @@ class SD1Painter(PipelinePainter):
     guided = 7.5
 
     def __init__(self, pipeline: Any, asked: Asked) -> None:
-        from diffusers import DDIMScheduler
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 
         super().__init__(pipeline, asked)
         self.ddim: Any = DDIMScheduler.from_config(pipeline.scheduler.config, clip_sample=False, thresholding=False)
