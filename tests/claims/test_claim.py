@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from gruppo.claims.claim import Claim, interval
+from gruppo.claims.claim import Claim, half_width, interval
 from gruppo.claims.stratified_grpo import Bandit, claim, train
 from gruppo.types import GruppoError
 
@@ -17,8 +17,8 @@ def made(values, expected=(0.0, math.inf)) -> Claim:
 
 
 def test_the_interval_is_students() -> None:
-    # s = 1, n = 3: 4.303 / sqrt(3) = 2.4843
-    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.4843, 2 + 2.4843), abs=1e-4)
+    # s = 1, n = 3: 4.30265 / sqrt(3) = 2.48414
+    assert interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 2.48414, 2 + 2.48414), abs=1e-4)
     assert interval([5.0, 5.0]) == (5.0, 5.0)
 
 
@@ -37,7 +37,14 @@ def test_the_table_ends_with_mean_and_half_width() -> None:
     table = made([1.0, 2.0, 3.0]).table()
     assert [row["seed"] for row in table] == ["0", "1", "2", "mean", "+-"]
     assert table[3]["other"] == 4.0
-    assert table[4]["other"] == pytest.approx(2 * 2.4843, abs=1e-3)
+    assert table[4]["other"] == pytest.approx(2 * 2.48414, abs=1e-3)
+
+
+def test_the_half_width_is_students_for_any_number_of_seeds() -> None:
+    for n, t in ((2, 12.7062), (5, 2.77645), (41, 2.02108), (121, 1.97993)):
+        values = [float(i % 2) for i in range(n)]
+        s = (sum((v - sum(values) / n) ** 2 for v in values) / (n - 1)) ** 0.5
+        assert half_width(values) == pytest.approx(t * s / n**0.5, rel=1e-5)
 
 
 def test_one_seed_is_no_measurement() -> None:

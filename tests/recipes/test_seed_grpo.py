@@ -329,7 +329,7 @@ def test_the_models_behind_the_extra_are_asked_through_the_same_interface(monkey
     _pretrained.cache_clear()
     assert Embedded(SentenceEncoder("tiny"), 0.99)(["a", "b", "cccc"], Task("q")) == [0, 0, 1]
     assert Embedded(SentenceEncoder("tiny"), 0.99)(["a", "cccccc", "b", "dddddd"], Task("q")) == [0, 1, 0, 2]  # cut: alone
-    with pytest.raises(GruppoError, match="the model 'nowhere' for comparing answers cannot be loaded: Path nowhere not found$"):
+    with pytest.raises(GruppoError, match=r"the model 'nowhere' for comparing answers cannot be loaded: Path nowhere not found$"):
         Embedded(SentenceEncoder("nowhere"))(["a", "b"], Task("q"))
     assert Entailed(EntailmentModel("tiny"))(["Yes", "no", "yes"], Task("q")) == [0, 1, 0]
     with pytest.raises(GruppoError, match="has the labels label_0; a judge of entailment needs 'entailment'"):

@@ -287,8 +287,8 @@ def test_the_discount_keeps_modes() -> None:
 
 @pytest.mark.claim
 def test_claim() -> None:
-    found = claim(10)
-    assert not found.holds, found.verdict  # five seeds: the mean is above 1.3, its 95 % interval is not
-    assert found.mean > 1.3
+    found = claim()
+    assert len(found.rows) == 8
+    assert found.holds, found.verdict
     mean = found.table()[-2]
     assert 0.85 < float(mean["P(right) 0.25"]) < float(mean["P(right) 0"])

@@ -51,14 +51,14 @@ def fabricated(folder: Path, scores: dict[str, list[float | None]], **numbers: d
 
 
 def test_scores_and_paired_differences_have_students_intervals(tmp_path: Path) -> None:
-    # grpo 0.1 0.2 0.3, rloo 0.2 0.3 0.5: the differences are 0.1 0.1 0.2, s = 0.0577, and t = 4.303 for 2 degrees of freedom
+    # grpo 0.1 0.2 0.3, rloo 0.2 0.3 0.5: the differences are 0.1 0.1 0.2, s = 0.0577, and t = 4.302653 for 2 degrees of freedom
     found = judge(fabricated(tmp_path, {"grpo": [0.1, 0.2, 0.3], "rloo": [0.2, 0.3, 0.5]}))
     first, second = found.lines
     score, apart = first.scores["greedy"], second.differences["greedy"]
     assert score is not None
     assert apart is not None
-    assert (score.mean, score.high) == pytest.approx((0.2, 0.2 + 4.303 * 0.1 / math.sqrt(3)))
-    assert (apart.mean, apart.low) == pytest.approx((0.4 / 3, 0.4 / 3 - 4.303 * math.sqrt(1 / 300) / math.sqrt(3)))
+    assert (score.mean, score.high) == pytest.approx((0.2, 0.2 + 4.302653 * 0.1 / math.sqrt(3)))
+    assert (apart.mean, apart.low) == pytest.approx((0.4 / 3, 0.4 / 3 - 4.302653 * math.sqrt(1 / 300) / math.sqrt(3)))
     assert first.differences == {}
     assert found.table()[1]["greedy accuracy % - grpo"] == "+13.3 ± 14.3"
     assert (first.seconds, found.table()[0]["time"]) == (3.0, "0:03")

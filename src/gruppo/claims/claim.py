@@ -6,13 +6,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from gruppo.core.student import student_quantile
 from gruppo.types import GruppoError
-
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom; beyond, the normal one is within 2 %.
-STUDENT = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
 
 
 @dataclass(frozen=True)
@@ -81,8 +76,7 @@ def half_width(values: Sequence[float]) -> float:
     """t * s / sqrt(n), half of the 95 % interval of the mean."""
     n, centre = len(values), mean(values)
     spread = math.sqrt(sum((v - centre) ** 2 for v in values) / (n - 1))
-    t = STUDENT[n - 2] if n - 2 < len(STUDENT) else 1.96
-    return t * spread / math.sqrt(n)
+    return student_quantile(0.975, n - 1) * spread / math.sqrt(n)
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

@@ -1,10 +1,13 @@
 """The unlikeliness claim at toy scale: GRPO keeps the right answers that were likely, the discount keeps more of them.
 
 Four prompts with 64 arms each, 24 of them right, under softmax policies whose logits start at random (standard deviation 1.2), so
-that some right arms are much likelier than others. Measured after 60 steps: the probability of being right, the effective number
+that some right arms are much likelier than others. Measured after 30 steps: the probability of being right, the effective number
 of right arms exp(H) (H the entropy among the right ones), and the share of the rarer half of the right arms whose probability
 rose. Two passes over each batch are shown as well; on a tabular policy no parameter is shared, the clip hardly binds, and they
 only make GRPO faster: that remedy of the paper cannot be seen here.
+
+Steps, seeds and the expected ratio were fixed before these seeds were run: 30 steps, eight seeds from 100 on, 1.3. An earlier
+form with 60 steps and seeds from 0 on had been lengthened after a look at its numbers, so its seeds are not used again.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from gruppo.recipes.unlikeliness import Unlikely
 from gruppo.rollouts.dynamic import undecided
 
 PROMPTS, ARMS, RIGHT = 4, 64, 24
+STEPS, FIRST = 30, 100  # fixed beforehand, see above
 
 
 def fresh(seed: int) -> Tensor:
@@ -26,7 +30,7 @@ def fresh(seed: int) -> Tensor:
     return 1.2 * torch.randn(PROMPTS, ARMS, generator=torch.Generator().manual_seed(seed))
 
 
-def train(beta_rank: float, seed: int, *, epochs: int = 1, steps: int = 60, n: int = 32, rate: float = 1.0) -> Tensor:
+def train(beta_rank: float, seed: int, *, epochs: int = 1, steps: int = STEPS, n: int = 32, rate: float = 1.0) -> Tensor:
     """The logits after `steps` batches, each used `epochs` times with the clipped ratio at 0.2; undecided groups only."""
     rng = torch.Generator().manual_seed(seed + 1000)
     unlikely = Unlikely(total, beta_rank)
@@ -62,10 +66,10 @@ def measured(logits: Tensor, start: Tensor) -> dict[str, float]:
     }
 
 
-def claim(seeds: int = 5) -> Claim:
+def claim(seeds: int = 8) -> Claim:
     """Effective number of right arms with beta_rank 0.25, over GRPO's."""
     rows = []
-    for seed in range(seeds):
+    for seed in range(FIRST, FIRST + seeds):
         row: dict[str, float] = {}
         for name, beta_rank, epochs in (("0", 0.0, 1), ("0.25", 0.25, 1), ("0.5", 0.5, 1), ("0, 2 passes", 0.0, 2)):
             found = measured(train(beta_rank, seed, epochs=epochs), fresh(seed))
@@ -74,7 +78,7 @@ def claim(seeds: int = 5) -> Claim:
     return Claim(
         name="unlikeliness",
         sentence="discounting likely right answers keeps more different right answers alive than GRPO does",
-        measured="effective number of right arms after 60 steps, beta_rank 0.25 over 0",
+        measured="effective number of right arms after 30 steps, beta_rank 0.25 over 0",
         figure="modes ratio",
         rows=tuple(rows),
         expected=(1.3, float("inf")),
