@@ -191,7 +191,7 @@ def test_a_sampler_that_disagrees_with_the_trainer_is_refused_before_step_0(
 
     right: Callable[..., Any] = TokenPolicy._choose
     monkeypatch.setattr(TokenPolicy, "_choose", lambda self, x, t, g: right(self, x, 1.0 if t else t, g))  # drops temperature
-    with pytest.raises(GruppoError, match=r"log-probabilities of the same tokens differ by .* before step 0"):
+    with pytest.raises(GruppoError, match=r"log-probabilities of the same steps differ by .* before step 0"):
         session(tmp_path, policy={"temperature": 0.7})
 
 
