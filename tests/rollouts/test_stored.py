@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from tests.runs.fabricate import conversations
 from tests.runs.small import Quiet, config, files, session, silent
 from tests.runs.test_resume import Killed, assert_same, kill_at
 from tests.tiny import tiny_policy, tiny_tokenizer
@@ -17,6 +18,7 @@ from tests.tiny import tiny_policy, tiny_tokenizer
 from gruppo.recipe import Signal
 from gruppo.recipes import recipe
 from gruppo.rollouts import Dynamic, Parallel, Stored, WithReference
+from gruppo.rollouts.conversation import talked
 from gruppo.rollouts.stored import offline, read_groups
 from gruppo.runs.config import assemble, merge, validate
 from gruppo.runs.folder import RunFolder
@@ -77,6 +79,15 @@ def test_what_was_stored_is_what_is_read(stored: File) -> None:
         assert torch.equal(b.signals["correct"].nan_to_num(-1), a.signals["correct"].nan_to_num(-1))
         assert b.signals["answers"] == ["4", None, "9"]
         assert "empty" not in b.signals
+
+
+def test_a_stored_conversation_keeps_its_turns_and_can_be_graded_again(tmp_path: File) -> None:
+    file = RunFolder(tmp_path).save_groups("groups", 1, [conversations()], tiny_tokenizer())
+    (back,), made = read_groups([file], tiny_policy()), conversations()
+    assert [p.output.messages for p in back.paths] == [p.output.messages for p in made.paths]
+    assert [p.output.said for p in back.paths] == [p.output.said for p in made.paths]
+    assert talked([back])[0]["calls"] == [2.0, 1.0, 0.0, 1.0] == back.signals["calls"].tolist()
+    assert [torch.equal(p.mask, q.mask) for p, q in zip(back.paths, made.paths)] == [True] * 4
 
 
 def test_the_rollout_gives_the_groups_of_the_tasks_in_their_order(stored: File) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import yaml
+from tests.rollouts.scripted import Scripted
 
+from gruppo.rollouts.conversation import Talk, columns, talked
+from gruppo.tools import tool
 from gruppo.types import Group, Task
 from gruppo.types import Path as Sampled
 
@@ -206,3 +210,32 @@ def sampled(outputs: list[str], rewards: list[float], prompt: Any = "What is 2 +
     ]
     advantage = (reward - reward.nanmean())[:, None].expand(-1, width)
     return Group(Task(prompt, answer), paths, {"correct": reward, "reward": reward}, reward, advantage)
+
+
+def conversations() -> Group:
+    """A graded group of conversations with tools: answered, failed, given up, not asked, not read for want of room."""
+
+    def shout(text: str) -> str:
+        return text.upper()
+
+    def broken(text: str) -> str:
+        raise ValueError("no such page")
+
+    def slow(text: str) -> str:
+        time.sleep(2)
+        return "too late"
+
+    script = {
+        "a:": ["<shout>hey</shout>", "<broken>b</broken>", "HEY it is"],
+        "b:": ["<slow>s</slow>", "so what"],
+        "c:": ["I just know"],
+        "d:": ["<shout>" + "long " * 14 + "</shout>"],
+    }
+    talk = Talk((tool(shout), tool(broken), tool(slow, seconds=0.05)))
+    policy = Scripted(script, context=130, max_new=130)
+    paths = talk.sample(policy, list(script), g=torch.Generator())
+    reward = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    made = Group(Task("q:", "HEY"), paths, {"correct": reward, "reward": reward}, reward)
+    (own,) = talked([made])
+    advantage = torch.where(made.mask, (reward - 0.5)[:, None].expand(-1, made.width), 0.0)
+    return made.with_(signals={**made.signals, **columns(own)}, advantage=advantage)

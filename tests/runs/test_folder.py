@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 import torch
+from tests.runs.fabricate import conversations
 from tests.tiny import tiny_tokenizer
 
 from gruppo.runs import folder as module
@@ -178,3 +179,13 @@ def test_a_folder_that_is_no_run_names_the_runs_beside_it(tmp_path: Path) -> Non
     made(tmp_path).write("run.yaml", "")
     with pytest.raises(GruppoError, match=r"two is not a run folder \(it has no run\.yaml\); runs there: one"):
         RunFolder.open(tmp_path / "runs" / "two")
+
+
+def test_a_conversation_is_stored_with_its_turns_once_and_a_path_with_its_stratum(tmp_path: Path) -> None:
+    file = made(tmp_path).save_groups("groups", 1, [conversations()], tiny_tokenizer(), lambda g: [1.0, "b", 2, 1.0])
+    rows = pyarrow.parquet.read_table(file).to_pylist()
+    assert [r["stratum"] for r in rows] == ["1", "b", "2", "1"]
+    assert [m["role"] for m in json.loads(rows[1]["messages"])] == ["assistant", "tool", "assistant"]
+    assert all("messages" not in json.loads(r["signals"]) for r in rows)
+    plain = made(tmp_path / "plain").save_groups("groups", 1, [group()], tiny_tokenizer())
+    assert [(r["messages"], r["stratum"]) for r in pyarrow.parquet.read_table(plain).to_pylist()] == [(None, None)] * 2

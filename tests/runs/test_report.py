@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 import torch
-from tests.runs.fabricate import folder, metrics, problem, row, sampled, write
+from tests.runs.fabricate import conversations, folder, metrics, problem, row, sampled, write
+from tests.tiny import tiny_tokenizer
 
 from gruppo.runs import report
 from gruppo.runs.folder import RunFolder
@@ -21,6 +22,7 @@ from gruppo.runs.report import (
     side_by_side,
     spread_out,
     thinned,
+    turns_of,
     worth_a_look,
     write_report,
 )
@@ -311,3 +313,89 @@ def test_an_address_opens_its_group_in_a_browser(tmp_path: Path) -> None:
     assert "alert" in re.sub(r"<[^>]*>", "", browser)
     assert dom.count('<svg class="plot"') == len(data_of((at / "report.html").read_text())["charts"])
     assert re.search(r'<path d="M[\d. L-]{100,}', dom)
+
+
+# -- conversations
+
+
+def talked_group(at: Path, strata: Any = None) -> dict[str, Any]:
+    """The group of conversations as a run stores it and the page holds it."""
+    run = RunFolder(at)
+    at.mkdir(exist_ok=True)
+    run.append(run.metrics, {"step": 1, "reward": 0.5})
+    run.save_groups("groups", 1, [conversations()], tiny_tokenizer(), strata)
+    return data_of(page(at))["groups"]["steps"][0]["groups"][0]
+
+
+def heard(p: dict[str, Any]) -> list[str]:
+    """What the page writes into every turn of a path."""
+    letters = p.get("lengths") or [1] * len(p["text"])
+    starts = [sum(letters[:i]) for i in range(len(letters) + 1)]
+    return [p["text"][starts[t["at"][0]] : starts[t["at"][1]]] if "at" in t else t["text"] for t in p["turns"]]
+
+
+def test_every_turn_of_a_conversation_is_told_from_what_its_tools_wrote(tmp_path: Path) -> None:
+    answered, late, bare, full = talked_group(tmp_path)["paths"]
+    assert heard(answered) == [
+        "<shout>hey</shout>",
+        "<result>HEY</result>",
+        "<broken>b</broken>",
+        "<result>error: ValueError: no such page</result>",
+        "HEY it is<eos>",
+    ]
+    assert [t.get("tools") for t in answered["turns"]] == [None, ["shout"], None, ["broken"], None]
+    assert [t.get("failed") for t in answered["turns"]] == [None, 0, None, 1, None]
+    assert [(t["trained"], t["of"]) for t in answered["turns"] if "of" in t] == [(18, 18), (18, 18), (10, 10)]
+    assert answered["untrained"] == [t["at"] for t in answered["turns"] if "tools" in t]
+    assert (answered["calls"], answered["marks"]) == (2, ["1 failed call"])
+    assert [(t["late"], t["failed"]) for t in late["turns"] if "tools" in t] == [(1, 0)]
+    assert (late["calls"], late["marks"]) == (1, ["1 time-out"])
+    assert (bare["calls"], bare["marks"], heard(bare)) == (0, [], ["I just know<eos>"])
+    assert (full["calls"], full["marks"]) == (1, ["truncated"])
+    assert "at" not in full["turns"][1]  # it was answered, but the answer did not fit and was never read
+    assert full["turns"][1]["text"] == "LONG " * 13 + "LONG"
+
+
+def test_the_turns_are_not_a_signal_of_the_page(tmp_path: Path) -> None:
+    for p in talked_group(tmp_path)["paths"]:
+        assert set(p["signals"]) == {"correct"}
+
+
+def test_the_kinds_of_paths_are_counted_with_what_they_earned(tmp_path: Path) -> None:
+    by_calls = talked_group(tmp_path / "calls")
+    assert by_calls["by"] == "calls"
+    assert by_calls["kinds"] == [["0", 1, 1.0, 0.5], ["1", 2, 0.0, -0.5], ["2", 1, 1.0, 0.5]]
+    by_stratum = talked_group(tmp_path / "strata", lambda g: ["x", 10.0, "x", 2.0])
+    assert [p["stratum"] for p in by_stratum["paths"]] == ["x", "10", "x", "2"]
+    assert (by_stratum["by"], by_stratum["kinds"][0]) == ("stratum", ["x", 2, 1.0, 0.5])
+    assert [k[0] for k in talked_group(tmp_path / "numbers", lambda g: [10, 9, 9, 2])["kinds"]] == ["2", "9", "10"]
+
+
+def test_groups_without_tools_have_no_kinds(run: Path) -> None:
+    group = data_of(page(run))["groups"]["steps"][0]["groups"][0]
+    assert "kinds" not in group
+    assert not any("turns" in p or "calls" in p for p in group["paths"])
+
+
+def test_a_masked_conversation_keeps_its_turns_and_says_that_they_train_nothing(tmp_path: Path) -> None:
+    file = RunFolder(tmp_path).save_groups("groups", 1, [conversations()], tiny_tokenizer())
+    first = pq.read_table(file).to_pylist()[0]
+    turns = turns_of({**first, "mask": [False] * len(first["mask"])})
+    assert [t["trained"] for t in turns if "of" in t] == [0, 0, 0]
+    one_unit = turns_of({**first, "unit": [min(u, 0) for u in first["unit"]]})
+    assert one_unit == turns_of(first)
+
+
+def test_units_of_another_kind_make_no_turns_up(tmp_path: Path) -> None:
+    file = RunFolder(tmp_path).save_groups("groups", 1, [conversations()], tiny_tokenizer())
+    first = pq.read_table(file).to_pylist()[0]
+    for unit in ([0] * len(first["unit"]), None, [-1, *first["unit"][1:]]):
+        assert turns_of({**first, "unit": unit}) == []
+        assert path_record({**first, "unit": unit})["calls"] == 2
+
+
+def test_turns_of_a_long_conversation_are_cut_with_their_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "TOKENS", 30)
+    answered = talked_group(tmp_path)["paths"][0]
+    assert heard(answered) == ["<shout>hey</shout>", "<r", "", "", "HEY it is<eos>"]
+    assert (answered["gap_after"], answered["left_out"]) == (20, 84)

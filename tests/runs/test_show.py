@@ -5,9 +5,23 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tests.runs.fabricate import metrics, sampled
+from tests.runs.fabricate import conversations, metrics, sampled
 
-from gruppo.runs.show import LOSS_ZERO, Reading, Show, difference, duration, extremes, fold, headline, readings, shown
+from gruppo.rollouts.conversation import Transcript
+from gruppo.runs.show import (
+    LOSS_ZERO,
+    Reading,
+    Show,
+    _numeric_signals,
+    difference,
+    duration,
+    extremes,
+    fold,
+    headline,
+    readings,
+    shown,
+    spoken,
+)
 
 BEFORE = {
     "greedy": {"value": 0.25, "low": 0.18, "high": 0.335, "n": 128},
@@ -177,3 +191,29 @@ def test_the_headline_says_nothing_twice() -> None:
 
 def test_durations() -> None:
     assert (duration(65.0), duration(3725.0), duration(-1.0)) == ("1:05", "1:02:05", "0:00")
+
+
+def test_a_conversation_in_one_line_sets_its_tools_apart() -> None:
+    answered, late, bare, full = (spoken(p.output, 160) for p in conversations().paths)
+    assert answered.plain == (
+        "<shout>hey</shout> [shout: HEY] <broken>b</broken> [broken failed: error: ValueError: no such page] HEY it is"
+    )
+    assert "[slow timed out: error: slow took" in late.plain
+    assert bare.plain == "I just know"
+    assert full.plain.endswith("</shout> [shout: " + "LONG " * 13 + "LONG] ")
+    assert spoken(conversations().paths[3].output, 100).plain.endswith(" [shout: " + "LONG " * 10 + " ...] ")
+    assert [answered.plain[s.start : s.end].strip()[:7] for s in answered.spans] == ["[shout:", "[broken"]  # dim
+
+
+def test_a_conversation_of_many_turns_shows_its_ends_and_tools_cannot_act_on_the_terminal() -> None:
+    turns = [{"role": "assistant", "content": "a"}, {"role": "tool", "name": "t", "content": "\x1b[2Jb"}] * 20
+    said = spoken(Transcript("", turns), 160).plain
+    assert said.count("[t:") == 6
+    assert "[... 28 more turns ...]" in said
+    assert "\x1b" not in said
+
+
+def test_errors_of_tools_are_told_only_where_they_occurred() -> None:
+    group = conversations()
+    assert set(_numeric_signals(group, 0)) == {"correct", "calls", "tool_errors"}
+    assert set(_numeric_signals(group, 2)) == {"correct", "calls"}

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gruppo.graders.grade import Grading, column
 from gruppo.recipe import Recipe
+from gruppo.rollouts.conversation import Transcript
 from gruppo.types import Grade, Group, GruppoError, Path, Rollout, Task
 
 COLUMNS = ("step", "group", "row", "prompt", "prompt_tokens", "tokens", "token_text", "logp", "mask", "signals", "truncated")
@@ -167,14 +168,19 @@ def path_of(row: Mapping[str, Any], where: str, policy: Any) -> Path:
         steps,
         logp,
         mask,
-        row.get("output"),
-        fork,  # pyright: ignore[reportArgumentType]
-        None if row.get("unit") is None else torch.tensor(row["unit"]),
-        bool(row.get("off_policy")),
-        bool(row["truncated"]),
-        None if row.get("logp_train") is None else torch.tensor(row["logp_train"]),
-        row.get("version") or 0,
+        output=output_of(row),
+        fork=fork,  # pyright: ignore[reportArgumentType]
+        unit=None if row.get("unit") is None else torch.tensor(row["unit"]),
+        off_policy=bool(row.get("off_policy")),
+        truncated=bool(row["truncated"]),
+        logp_train=None if row.get("logp_train") is None else torch.tensor(row["logp_train"]),
+        version=row.get("version") or 0,
     )
+
+
+def output_of(row: Mapping[str, Any]) -> Any:
+    """The completion; a conversation with its turns, so that graders tell the model's words from the tools'."""
+    return Transcript(row["output"], json.loads(row["messages"])) if row.get("messages") else row.get("output")
 
 
 def check_vocabulary(rows: Sequence[Mapping[str, Any]], file: File, policy: Any) -> None:

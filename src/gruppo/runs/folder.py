@@ -10,7 +10,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gruppo.rollouts.conversation import Transcript
 from gruppo.runs.measure import finite
 from gruppo.types import Group, GruppoError, Task
 
+Strata = Callable[[Group], Sequence[Hashable]]
 LAST = "state.pt"  # in a checkpoint: everything but the weights
 
 
@@ -106,13 +108,13 @@ class RunFolder:
                 if int(file.stem.removeprefix("step-")) > step:
                     file.unlink()
 
-    def save_groups(self, kind: str, step: int, groups: list[Group], tokenizer: Any) -> Path:
-        """`kind`/step-000010.parquet: one row per path."""
+    def save_groups(self, kind: str, step: int, groups: list[Group], tokenizer: Any, strata: Strata | None = None) -> Path:
+        """`kind`/step-000010.parquet: one row per path. `strata` names the kind of each path where the recipe has such."""
         import pyarrow.parquet
 
         file = self.path / kind / f"step-{step:06d}.parquet"
         with whole(file) as temporary:
-            pyarrow.parquet.write_table(table(step, groups, tokenizer), temporary, compression="zstd")
+            pyarrow.parquet.write_table(table(step, groups, tokenizer, strata), temporary, compression="zstd")
         return file
 
     def steps(self) -> list[int]:
@@ -200,7 +202,7 @@ def _flush(path: Path) -> None:
         os.close(handle)
 
 
-def table(step: int, groups: list[Group], tokenizer: Any) -> Any:
+def table(step: int, groups: list[Group], tokenizer: Any, strata: Strata | None = None) -> Any:
     """A pyarrow table with one row per path."""
     import pyarrow as pa
 
@@ -214,10 +216,14 @@ def table(step: int, groups: list[Group], tokenizer: Any) -> Any:
     rows: list[dict[str, Any]] = []
     for n, group in enumerate(groups):
         reward = group.reward if group.reward is not None else group.signals.get("reward")
+        kinds = None if strata is None else [label(x) for x in strata(group)]
         for i, path in enumerate(group.paths):
             T = len(path)
             value = None if reward is None else reward[i]
             advantage = [0.0] * T if group.advantage is None else group.advantage[i, :T].tolist()
+            said = path.output.messages if isinstance(path.output, Transcript) else ()
+            # The turns are stored once, with the path; as a signal they would be there a second time.
+            own = {name: v for name, v in group.signals.items() if not (said and name == "messages")}
             rows.append(
                 {
                     "step": step,
@@ -237,11 +243,13 @@ def table(step: int, groups: list[Group], tokenizer: Any) -> Any:
                     "unit": None if path.unit is None else path.unit.tolist(),
                     "advantage": advantage,
                     "reward": value if value is None else value.tolist(),
-                    "signals": json.dumps({name: finite(signal(v, i)) for name, v in group.signals.items()}, default=str),
+                    "signals": json.dumps({name: finite(signal(v, i)) for name, v in own.items()}, default=str),
                     "truncated": path.truncated,
                     "off_policy": path.off_policy,
                     "version": path.version,
                     "fork": None if path.fork is None else f"{path.fork[0]}:{path.fork[1]}",
+                    "messages": json.dumps(list(said), default=str, ensure_ascii=False) if said else None,
+                    "stratum": None if kinds is None else kinds[i],
                 }
             )
     columns = any(isinstance(r["reward"], list) for r in rows)
@@ -261,7 +269,7 @@ def table(step: int, groups: list[Group], tokenizer: Any) -> Any:
             "signals": pa.string(),
             **dict.fromkeys(("truncated", "off_policy"), pa.bool_()),
             "version": pa.int32(),
-            "fork": pa.string(),
+            **dict.fromkeys(("fork", "messages", "stratum"), pa.string()),
         }
     )
     return pa.Table.from_pylist(rows, schema=schema)
@@ -273,6 +281,11 @@ def problem(task: Task) -> str | None:
         return json.dumps({"prompt": task.prompt, "answer": task.answer}, ensure_ascii=False)
     except TypeError:
         return None
+
+
+def label(stratum: Hashable) -> str:
+    """A stratum as text; whole numbers without a point."""
+    return str(int(stratum)) if isinstance(stratum, float) and stratum.is_integer() else str(stratum)
 
 
 def plain(value: Any) -> str | None:

@@ -11,11 +11,12 @@ import os
 import platform
 import re
 import statistics
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib import metadata
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,8 @@ WORDS = {
     "off-policy": "The path was sampled under another prompt than the one that it is trained under.",
     "fork": "The path shares its first tokens with another path of the group.",
     "not trained": "Tokens that the model read but did not choose, or that another path trains; shown in grey.",
+    "call": "The model asks a tool for something and stops; it reads the tool's answer, which trains nothing, and goes on.",
+    "stratum": "The kind of path, such as its number of calls. A stratified advantage compares a path with its own kind first.",
     "greedy": "Taking the likeliest token every time, so the score has no sampling noise.",
     "held out": "Problems that training never sees.",
     "interval": "The range that holds the true score with 95 % confidence, as far as the number of problems allows.",
@@ -156,6 +159,9 @@ HELD_OUT = {
     "length": "Mean tokens of a completion of a held-out problem.",
     "reward": "Mean reward on held-out problems.",
     "truncated": "Share of the completions of held-out problems that the length limit cut.",
+    "calls": "Mean number of tool calls in a conversation about a held-out problem.",
+    "tool_errors": "Mean number of calls in a conversation that were answered with an error, time-outs included.",
+    "tool_timeouts": "Mean number of calls in a conversation that were given up because the tool took too long.",
 }
 
 ACCURACY = re.compile(r"^(greedy|mean|sampled|correct|accuracy|majority)$|^(pass|maj|majority|mean)@\d+$")
@@ -266,6 +272,45 @@ def parsed(text: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
+COUNTS = ("calls", "tool_errors", "tool_timeouts")  # of a conversation: its head says them in words
+
+
+def turns_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Who wrote which tokens of a conversation: `at` [start, end) per turn of the model and per answer of its tools.
+
+    An answer that did not fit into the context was never read: it has its text instead. Nothing where units and messages
+    do not tell the same story, as when a recipe cut the path into units of another kind.
+    """
+    unit, messages = list(row.get("unit") or ()), json.loads(row.get("messages") or "[]")
+    spoken = [(role == "assistant", list(some)) for role, some in groupby(messages, key=lambda m: m["role"])]
+    spans = [(own, len(list(some))) for own, some in groupby(u >= 0 for u in unit)]
+    read, unread = spoken[: len(spans)], spoken[len(spans) :]
+    last_was_read = not unread or (len(unread) == 1 and not unread[0][0])
+    if len(unit) != len(row.get("token_text") or ()) or [o for o, _ in read] != [o for o, _ in spans] or not last_was_read:
+        return []
+    turns, start = [], 0
+    for (own, some), (_, length) in zip(read, spans):
+        end = start + length
+        about = {"trained": sum(row["mask"][start:end]), "of": length} if own else answers(some)
+        turns.append({"at": [start, end], **about})
+        start = end
+    return turns + [{"text": "\n".join(str(m["content"]) for m in some), **answers(some)} for _, some in unread]
+
+
+def answers(messages: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Which tools answered, and how many of them failed or ran out of time."""
+    return {
+        "tools": [m["name"] for m in messages],
+        "late": sum(bool(m.get("late")) for m in messages),
+        "failed": sum(bool(m.get("failed")) and not m.get("late") for m in messages),
+    }
+
+
+def counted(n: Any, what: str) -> str:
+    """`1 call`, `2 calls`."""
+    return f"{n:g} {what}{'' if n == 1 else 's'}"
+
+
 def path_record(row: Mapping[str, Any]) -> dict[str, Any]:
     """One path as the page draws it: its text cut into tokens, and per token the advantage, the mask and the chance it had."""
     tokens = list(row.get("token_text") or [])
@@ -273,10 +318,12 @@ def path_record(row: Mapping[str, Any]) -> dict[str, Any]:
     advantage = list(row.get("advantage") or [])
     logp = list(row.get("logp") or [])
     trained = [a for a, m in zip(advantage, mask) if m and a is not None and math.isfinite(a)]
+    signals = {k: v for k, v in parsed(row.get("signals")).items() if k != "reward"}
+    talked = list(json.loads(row.get("messages") or "[]"))
     out: dict[str, Any] = {
         "row": row.get("row"),
         "reward": row.get("reward"),
-        "signals": {k: v for k, v in parsed(row.get("signals")).items() if k != "reward"},
+        "signals": {k: v for k, v in signals.items() if not (talked and k in COUNTS)},
         "advantage": statistics.fmean(trained) if trained else None,
         "tokens": len(tokens),
         "marks": [name for name, key in (("truncated", "truncated"), ("off-policy", "off_policy")) if row.get(key)],
@@ -284,6 +331,12 @@ def path_record(row: Mapping[str, Any]) -> dict[str, Any]:
     if fork := row.get("fork"):
         parent, _, at = str(fork).partition(":")
         out["marks"].append(f"shares path {parent} before token {at}" if at else f"fork {fork}")
+    if talked:
+        found = answers([m for m in talked if m["role"] == "tool"])
+        out["calls"] = len(found["tools"])
+        out["marks"] += [counted(found[k], what) for k, what in (("failed", "failed call"), ("late", "time-out")) if found[k]]
+    if row.get("stratum") is not None:
+        out["stratum"] = row["stratum"]
     if not tokens:
         return {**out, "text": str(row.get("output") or "")}
     keep = list(range(len(tokens)))
@@ -301,6 +354,11 @@ def path_record(row: Mapping[str, Any]) -> dict[str, Any]:
     out["step_advantage"] = values if len(alike) > 1 else next(iter(alike), 0.0)
     if not all(used):
         out["untrained"] = runs_of([not u for u in used])
+    if turns := turns_of(row):
+        for turn in turns:
+            if "at" in turn:
+                turn["at"] = [bisect_left(keep, i) for i in turn["at"]]
+        out["turns"] = turns
     if len(logp) == len(tokens):
         out["chance"] = [round(100 * math.exp(min(logp[i], 0.0))) if math.isfinite(logp[i] or 0.0) else None for i in keep]
     return out
@@ -314,15 +372,36 @@ def runs_of(flags: Sequence[bool]) -> list[list[int]]:
 
 def group_record(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """One group: what was asked, and its paths."""
-    first = rows[0]
+    first, paths = rows[0], [path_record(r) for r in rows]
     return {
         "group": first["group"],
         "prompt": first.get("prompt") or "",
         "answer": first.get("answer"),
         "task": parsed(first.get("task")),
-        "paths": [path_record(r) for r in rows[:PATHS]],
+        "paths": paths[:PATHS],
         "paths_left_out": max(0, len(rows) - PATHS),
+        **strata(rows, paths),
     }
+
+
+def strata(rows: Sequence[Mapping[str, Any]], paths: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the kinds of paths earned: the recipe's strata, else the numbers of tool calls where there were tools."""
+    by = "stratum" if any("stratum" in p for p in paths) else "calls"
+    kinds: dict[str, list[int]] = {}
+    for i, p in enumerate(paths):
+        if "stratum" in p or "calls" in p:
+            kinds.setdefault(str(p.get(by, "none")), []).append(i)
+    names = sorted(kinds, key=int) if all(k.isdigit() for k in kinds) else list(kinds)
+
+    def mean(values: Iterable[float | None]) -> float | None:
+        heard = [v for v in values if v is not None and math.isfinite(v)]
+        return statistics.fmean(heard) if heard else None
+
+    found = [
+        [name, len(at), mean(reward_of(rows[i]) for i in at), mean(paths[i]["advantage"] for i in at)]
+        for name, at in ((name, kinds[name]) for name in names)
+    ]
+    return {"by": by, "kinds": found} if found else {}
 
 
 def browsable(folder: Path) -> dict[str, Any]:
@@ -363,10 +442,15 @@ def grade_of(row: Mapping[str, Any]) -> tuple[float, bool]:
         return float(signals["correct"]), True
     if "correct" in signals:
         return math.nan, True
+    return reward_of(row), False
+
+
+def reward_of(row: Mapping[str, Any]) -> float:
+    """The reward as one number, the sum of its columns; NaN where there is none."""
     reward = row.get("reward")
     if isinstance(reward, (list, tuple)):
         reward = math.fsum(r for r in reward if r is not None)
-    return (math.nan if reward is None else float(reward)), False
+    return math.nan if reward is None else float(reward)
 
 
 def kind_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,6 +39,7 @@ from gruppo.runs.evaluate import Evaluation, Metric, evaluate
 from gruppo.runs.folder import RunFolder
 from gruppo.runs.folder import whole as written_whole
 from gruppo.runs.measure import measure
+from gruppo.runs.pictures import save_pictures
 from gruppo.runs.track import tracker
 from gruppo.train import fit
 from gruppo.types import Group, GruppoError, Reference, Task
@@ -328,14 +330,16 @@ class Session:
             skip_grad_norm=own.fit.skip_grad_norm,
         )
         while self.step < stage.end:
-            began = time.perf_counter()
+            began, before = time.perf_counter(), Counter(self._counted())
             try:
                 step, done = next(loop)
             except GruppoError as error:
                 raise self._broken(error, drawn) from error
-            seconds = time.perf_counter() - began
+            seconds, counts = time.perf_counter() - began, self._counted() - before
             self.step, self.seconds = step, self.seconds + seconds
             record = measure(done, step=step, now=time.time(), seconds=seconds, lr=stage.rate(step))
+            if counts:
+                record["counts"] = dict(counts)
             if len(self.stages) > 1:
                 record["stage"] = self.stage + 1
             if own.fit.sync_every > 1 or own.fit.sync_lag:
@@ -348,7 +352,8 @@ class Session:
             for one in self.trackers:
                 one.log(step, record)
             if track.groups_every and (step % track.groups_every == 0 or step == 1):
-                self.folder.save_groups("groups", step, done.groups, self.policy.tokenizer)
+                strata = getattr(stage.recipe.advantage, "stratum", None)
+                self._save_groups("groups", step, done.groups, strata)
             show.step(record, done.groups)
             last = step == self.config.ends[-1]
             improved = False
@@ -364,6 +369,15 @@ class Session:
                     f"gruppo resume {self.folder.path}",
                     128 + stop[0],
                 )
+
+    def _counted(self) -> Counter[str]:
+        """What the policy has computed so far, by purpose; empty where it keeps no count."""
+        return getattr(self.policy, "counts", Counter())
+
+    def _save_groups(self, kind: str, step: int, groups: list[Group], strata: Any = None) -> Path:
+        if isinstance(self.policy, FlowPolicy):
+            return save_pictures(self.folder.path / kind / f"step-{step:06d}.parquet", step, groups)
+        return self.folder.save_groups(kind, step, groups, self.policy.tokenizer, strata)
 
     def _broken(self, error: GruppoError, drawn: list[Any]) -> GruppoError:
         """Save what the failing step was working on, when numbers are the reason, and say where."""
@@ -382,7 +396,7 @@ class Session:
             with written_whole(file) as temporary:
                 temporary.write_text(json.dumps(tasks, default=str, ensure_ascii=False, indent=1))
         else:
-            file = self.folder.save_groups("broken", step, offending, self.policy.tokenizer)
+            file = self._save_groups("broken", step, offending)
         steps = self.folder.steps()
         return GruppoError(
             f"step {step}: {error}{weights}. What the step was working on is saved in {file}; the last good checkpoint is "
@@ -409,7 +423,7 @@ class Session:
         )
         set_counters(grade, counted)  # what a held-out grade abstained on belongs to the evaluation's own counts
         self.folder.append(self.folder.evals, {"step": self.step, "time": time.time(), **found.as_dict()})
-        self.folder.save_groups("evals", self.step, found.groups + found.greedy_groups, self.policy.tokenizer)
+        self._save_groups("evals", self.step, found.groups + found.greedy_groups)
         for one in self.trackers:
             one.log(self.step, {"held_out": {name: score.value for name, score in found.scores.items()}})
         show.evaluation(self.step, found.as_dict()["scores"])

@@ -26,8 +26,10 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
+from gruppo.rollouts.conversation import Transcript
 from gruppo.types import Group
 
+TURNS = 12  # of a conversation, at most, in a line of the terminal
 LOSS_ZERO = (
     "loss 0 is normal here: before any update the ratio is 1, so the advantages of a group cancel; "
     "watch the reward and the share of live groups"
@@ -191,6 +193,29 @@ def output_text(output: Any) -> str:
     return prompt_text(output) if isinstance(output, list) else f"[{type(output).__name__}]"
 
 
+def spoken(output: Any, width: int) -> Text:
+    """A completion in one line; what tools answered stands in brackets and dim, each turn cut so that all of them fit."""
+    if not isinstance(output, Transcript) or not output.replies:
+        return Text(fold(output_text(output), width))
+    turns = list(output.messages)
+    if len(turns) > TURNS:
+        gap = {"role": "gap", "content": f"[... {len(turns) - TURNS} more turns ...]"}
+        turns = [*turns[: TURNS // 2], gap, *turns[len(turns) - TURNS // 2 :]]
+    # Answers are what is shortened first: what the model itself wrote is what is being looked at.
+    own = sum(len(m["content"]) for m in turns if m["role"] == "assistant")
+    answers = sum(m["role"] == "tool" for m in turns)
+    room = max(32, (width - min(own, width // 2)) // max(answers, 1))
+    line = Text()
+    for m in turns:
+        if m["role"] == "tool":
+            how = " timed out" if m.get("late") else " failed" if m.get("failed") else ""
+            heard = visible(m["content"])
+            line.append(f" [{visible(m['name'])}{how}: {heard if len(heard) <= room else heard[:room] + ' ...'}] ", style="dim")
+        else:
+            line.append(fold(m["content"], max(width // 2, 40)) if m["role"] == "assistant" else m["content"])
+    return line
+
+
 def scalar_rewards(group: Group) -> list[float]:
     """One number per path: the reward, or the sum of its columns."""
     if group.reward is None:
@@ -222,12 +247,13 @@ def extremes(groups: list[Group], n: int = 2) -> Iterator[tuple[Group, int, int]
 
 
 def _numeric_signals(group: Group, row: int) -> dict[str, float]:
-    """The scalar signals of one path, the reward itself left out."""
-    return {
+    """The scalar signals of one path, without the reward itself and without errors of tools that did not occur."""
+    found = {
         name: float(v[row])
         for name, v in group.signals.items()
         if name != "reward" and isinstance(v, torch.Tensor) and v.dim() == 1 and len(v) == len(group)
     }
+    return {name: v for name, v in found.items() if v or name not in ("tool_errors", "tool_timeouts")}
 
 
 def settings_rows(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -383,7 +409,8 @@ class Show:
                     f"    asked  {asked}" + (f"   (answer {visible(str(group.task.answer))})" if group.task.answer else "")
                 )
                 for what, row in zip(("best", "worst"), dict.fromkeys(rows)):
-                    self._line(f"    {what:<5}  {self._grades(group, row)}  {fold(output_text(group.paths[row].output), 160)}")
+                    said = spoken(group.paths[row].output, 160).plain
+                    self._line(f"    {what:<5}  {self._grades(group, row)}  {said}")
             return
         table = Table(title=f"sampled at step {step}", box=box.SIMPLE_HEAD, expand=True, title_justify="left", show_lines=False)
         for name, ratio in (("asked", 3), ("sampled", 6)):
@@ -400,7 +427,7 @@ class Show:
                 advantage = path_advantage(group, row)
                 table.add_row(
                     Text(asked if i == 0 else ""),
-                    Text(fold(output_text(group.paths[row].output), 320)),
+                    spoken(group.paths[row].output, 320),
                     Text(signals),
                     f"{scalar_rewards(group)[row]:.3g}",
                     Text(f"{advantage:+.2f}", style="blue" if advantage > 0 else "dark_orange" if advantage < 0 else "dim"),
