@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import pyarrow.parquet
 import pytest
 import torch
+from tests.recipes.trained import trained
+from tests.rollouts.scripted import Scripted
 
+from gruppo.core.collate import collate
 from gruppo.core.kl import WithKL
+from gruppo.core.reduce import weigh
 from gruppo.core.surrogate import PPOClip
 from gruppo.recipe import difference
 from gruppo.recipes.grpo import grpo
 from gruppo.recipes.stratified_grpo import Stratified, calls, lengths, numbered, stratified_grpo
-from gruppo.types import Group, GruppoError, Path, Task
+from gruppo.rollouts.conversation import Talk, columns, talked
+from gruppo.tools import tool
+from gruppo.types import Group, GruppoError, Path, Steps, Task
 
 R = [1.0, 0, 1, 0, 0, 0, 1, 1]
 K = [0, 0, 1, 1, 1, 2, 2, 2]
@@ -165,3 +173,81 @@ def test_preset() -> None:
     assert [need.name for need in made.needs] == ["calls"]
     assert stratified_grpo(stratum=lengths).needs == ()
     assert set(difference(stratified_grpo(n=64, beta=0.04), grpo())) == {"advantage", "needs"}
+
+
+# -- conversations
+
+
+def shout(text: str) -> str:
+    return text.upper()
+
+
+def conversations(max_calls: int = 3) -> Group:
+    """Four conversations of 0, 1, 1 and 3 calls, graded 1, 0, 1, 0."""
+    script = {
+        "a:": ["at once"],
+        "b:": ["<shout>x</shout>", "no"],
+        "c:": ["<shout>y</shout>", "yes"],
+        "d:": ["<shout>p</shout>", "<shout>q</shout>", "<shout>r</shout>", "no"],
+    }
+    paths = Talk((tool(shout),), max_calls=max_calls).sample(Scripted(script, max_new=200), list(script), g=torch.Generator())
+    reward = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    made = Group(Task("q"), paths, reward=reward)
+    return made.with_(signals=columns(talked([made])[0]))
+
+
+def test_the_calls_of_conversations_are_the_strata() -> None:
+    made = conversations()
+    assert calls(made) == [0, 1, 1, 3]
+    expected = blend([1.0, 0.0, 1.0, 0.0], [0, 1, 1, 3], 0.6)
+    assert expected == pytest.approx([0.4, -1.0, 1.0, -0.4], abs=1e-5)  # those alone keep the group's part only
+    assert stratified_grpo().advantage(made)[:, 0].tolist() == pytest.approx(expected)
+
+
+def test_what_a_tool_wrote_is_outside_of_the_loss() -> None:
+    """No gradient on a tool's tokens and no share in any mean: other log-probs there change nothing at all."""
+    recipe = stratified_grpo()
+    made = conversations()
+    batch = weigh(collate([made.with_(advantage=recipe.advantage(made))]), recipe.reduce)
+    theirs = torch.stack([torch.nn.functional.pad(p.unit < 0, (0, batch.mask.shape[1] - len(p))) for p in made.paths])
+    assert theirs.sum(1).tolist() == [0, 18, 18, 54]  # <result>X</result> once, once and three times
+    assert not (theirs & batch.mask).any()
+    losses = []
+    for shift in (0.0, 3.0):
+        logp = (torch.full(batch.mask.shape, -0.4) + shift * theirs).requires_grad_()
+        ref = Steps(torch.full(batch.mask.shape, -0.6) - shift * theirs)
+        loss, _ = recipe.loss(batch, Steps(logp), ref)
+        total = (batch.weight * loss).sum()
+        total.backward()
+        assert logp.grad is not None
+        assert not logp.grad[theirs].any()
+        assert logp.grad[batch.mask].all()
+        losses.append(float(total.detach()))
+    assert losses[0] == losses[1]
+    own = torch.stack([torch.nn.functional.pad(p.unit >= 0, (0, batch.mask.shape[1] - len(p))) for p in made.paths])
+    assert batch.weight[own].sum() == pytest.approx(1.0)
+    assert batch.weight.sum(1).tolist() == pytest.approx([0.25] * 4)  # each path's mean is over the model's tokens
+
+
+def test_calls_beyond_the_maximum_are_not_counted_into_a_stratum_of_their_own() -> None:
+    made = conversations(max_calls=2)
+    assert calls(made) == [0, 1, 1, 2]
+    assert [p.truncated for p in made.paths] == [False, False, False, True]
+
+
+def test_a_run_on_the_search_world_stores_what_the_method_did(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    records = trained(monkeypatch, tmp_path, "stratified-grpo", "search", "fit.steps=2", "policy.max_new_tokens=64")
+    assert all(math.isfinite(r["loss"]) and r["gap"] < 1e-4 for r in records)
+    rows = pyarrow.parquet.read_table(tmp_path / "run" / "groups" / "step-000001.parquet").to_pylist()
+    strata = {}
+    for r in rows:
+        turns = json.loads(r["messages"])
+        assert r["stratum"] == str(sum(m["role"] == "tool" for m in turns))
+        assert r["mask"] == [u >= 0 for u in r["unit"]]
+        own = "".join(t for t, m in zip(r["token_text"], r["mask"]) if m).removesuffix("<|end|>")
+        assert own == "".join(m["content"] for m in turns if m["role"] == "assistant")
+        strata.setdefault((r["group"], r["stratum"]), []).append(r)
+    assert len(strata) > 3
+    group = [r for r in rows if r["group"] == rows[0]["group"]]
+    expected = blend([r["reward"] for r in group], [int(r["stratum"]) for r in group], 0.6)
+    assert [r["advantage"][0] for r in group] == pytest.approx(expected, abs=1e-5)

@@ -112,6 +112,47 @@ def test_a_call_beyond_the_maximum_ends_the_conversation_as_truncated():
     assert texts(path, path.mask) == "<shout>a</shout>" * 3
 
 
+@pytest.mark.parametrize(
+    ("style", "line"),
+    [
+        (Tags(), "so <shout>something that is long"),
+        (
+            ToolCalls(before="\n", after="|"),
+            '<tool_call>{"name":"shout","arguments":{"text":"a"}}</tool_call><tool_call>{"name":',
+        ),
+    ],
+)
+def test_a_turn_that_was_cut_inside_a_call_asks_nothing(style, line: str):
+    policy = Scripted({"q:": [line + " and is not finished", "never said"]}, max_new=len(line), context=1000)
+    (path,) = Talk((SHOUT,), style).sample(policy, ["q:"], g=G)
+    assert path.truncated
+    assert path.output == line
+    assert path.output.replies == []
+    assert bool(path.mask.all())
+    assert len(policy.heard) == 1
+
+
+def test_a_call_that_used_up_the_budget_is_not_run():
+    ran = []
+
+    def note(text: str) -> str:
+        ran.append(text)
+        return text
+
+    policy = Scripted({"q:": ["<note>a</note>", "done"]}, max_new=len("<note>a</note>"))
+    (path,) = Talk((tool(note),)).sample(policy, ["q:"], g=G)
+    assert path.truncated
+    assert ran == []
+
+
+def test_calls_of_one_turn_that_exceed_the_maximum_together_are_none_of_them_run():
+    call = '<tool_call>{"name":"shout","arguments":{"text":"a"}}</tool_call>'
+    style = ToolCalls(before="\n", after="|")
+    _, (path,) = held({"q:": [call, call * 2, "ok"]}, Talk((SHOUT,), style, max_calls=2), context=1000, max_new=400)
+    assert path.truncated
+    assert len(path.output.replies) == 1
+
+
 def test_the_budget_of_sampled_tokens_is_shared_by_the_turns():
     script = {"a:": ["<shout>a</shout>", "0123456789"], "b:": ["<shout>a</shout>", "01"]}
     policy = Scripted(script, max_new=16 + 5)  # <shout>a</shout> has 16 characters
