@@ -393,6 +393,7 @@ EXPECTED: dict[str, tuple[float, float]] = {
     "multi-objective-grpo": (1.207612, -0.724567),
     "flow-grpo": (1.290728, -0.774437),  # the population std, .484123 + 1e-4
     "gdpo": (1.207494, -0.724496),  # normalised twice: over the group, then over a batch that is this group
+    "pref-grpo": (1.207615, -0.724569),  # win rates .857 and .286: two values standardise alike, whatever they are
 }
 
 # Where a group's lots are 0, 1/8, 2/8, ..., these rows are dropped and have the advantage 0.

@@ -26,6 +26,7 @@ from gruppo.recipes.grpo import grpo
 from gruppo.recipes.gspo import gspo, gspo_token
 from gruppo.recipes.multi_objective import multi_objective
 from gruppo.recipes.opmd import kimi_opmd, opmd
+from gruppo.recipes.pref_grpo import pref_grpo
 from gruppo.recipes.rank_grpo import rank_grpo
 from gruppo.recipes.rec import (
     rec_oneside,
@@ -264,6 +265,15 @@ RECIPES: dict[str, Entry] = {
             base=None,
             family="image",
             tiny={"n": 8, **SMALL},
+        ),
+        Entry(
+            "2508.20751",
+            "pref-grpo",
+            "Pref-GRPO: Pairwise Preference Reward-based GRPO for Stable Text-to-Image Reinforcement Learning",
+            pref_grpo,
+            base="flow-grpo",
+            family="image",
+            tiny={"n": 8, "weights": {"reward": 1.0}, "ranked": ["reward"], **SMALL},  # win rates by the run's own sum
         ),
     )
 }
