@@ -6,9 +6,10 @@ the moment they are sampled; text exists only for graders and eyes.
 
 from __future__ import annotations
 
+import warnings
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
-from pathlib import Path as FilePath
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from gruppo.core.collate import blocks
-from gruppo.policies.load import restore, save
+from gruppo.policies import prefix
 from gruppo.types import Batch, GruppoError, Path, Reference, Scope, Steps
 
 
@@ -37,6 +38,7 @@ class TokenPolicy:
         entropy: bool = True,
         sample_rows: int = 256,  # rows that decode together; bounds the key-value cache
         head_elements: int = 2**24,  # logits formed at once: positions x vocabulary
+        sharing: prefix.Rates | None = prefix.MEASURED,  # when computing shared prefixes once pays; None: never
     ) -> None:
         if not temperature > 0:
             raise GruppoError(
@@ -52,14 +54,19 @@ class TokenPolicy:
         self.context = getattr(self.config, "max_position_embeddings", None) or 2**31
         silence_dropout(model)
         if checkpointing:
+            again = {"use_reentrant": False, "context_fn": self._recompute}
             if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.20
-                model.activation_checkpointing_enable({"use_reentrant": False})
+                model.activation_checkpointing_enable(again)
             else:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
             if hasattr(model, "enable_input_require_grads"):
                 model.enable_input_require_grads()
         model.eval()
         self.head = Head.of(model)
+        self.cost = None if sharing is None else prefix.Cost.of(model, sharing)
+        self.distrusted: dict[prefix.Form, str] = {}  # forms of the packed forward that this model may not use, and why
+        self._compared: set[prefix.Form] = set()
+        self._plans: OrderedDict[Any, tuple[prefix.Plan, bool]] = OrderedDict()
         self.reference: Reference | None = None  # set by the run when the recipe names one
 
     # -- text and tokens ----------------------------------------------------------------------------------------------
@@ -220,16 +227,23 @@ class TokenPolicy:
     def score(self, paths: Sequence[Path], budget: int = 8192) -> list[Tensor]:
         """The log-probability [T] of every step of each path under its `prompt`, masked or not."""
         out: list[Tensor] = [torch.empty(0)] * len(paths)
-        for rows in blocks([len(p.prompt) + len(p) for p in paths], budget):
-            width = max(len(paths[i]) for i in rows)
-            where = torch.stack([torch.arange(width) < len(paths[i]) for i in rows])
-            logp, _ = self._read([paths[i].prompt for i in rows], [paths[i].steps for i in rows], where.to(self.device))
+        prompts, steps = [p.prompt for p in paths], [p.steps for p in paths]
+        width = max(map(len, paths), default=0)
+        every = torch.arange(width) < torch.tensor([len(p) for p in paths])[:, None] if paths else torch.empty(0, 0)
+        for rows in self._cut([[i] for i in range(len(paths))], prompts, steps, every, budget):
+            where = every[rows][:, : max(len(paths[i]) for i in rows)]
+            logp, _ = self._read([prompts[i] for i in rows], [steps[i] for i in rows], where.to(self.device))
             for i, row in zip(rows, logp.cpu()):
                 out[i] = row[: len(paths[i])].clone()
         return out
 
     def _read(self, prompts: list[Tensor], steps: list[Tensor], where: Tensor) -> tuple[Tensor, Tensor | None]:
-        """log p and entropy at `where` [B, T]. Rows are padded on the right, so causality alone keeps padding out."""
+        """log p and entropy at `where` [B, T]: what rows share is computed once where that pays."""
+        plan = self._plan(prompts, steps, where)
+        return self._read_rows(prompts, steps, where) if plan is None else self._read_shared(plan, where)
+
+    def _read_rows(self, prompts: list[Tensor], steps: list[Tensor], where: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Every row in full. Rows are padded on the right, so causality alone keeps padding out."""
         device = self.device
         width = max(len(p) + len(s) for p, s in zip(prompts, steps))
         ids = torch.full((len(prompts), width), self.pad)
@@ -247,6 +261,113 @@ class TokenPolicy:
         if entropy is None:
             return logp, None
         return logp, torch.zeros(where.shape, device=device).index_put((row, t), entropy)
+
+    def _read_shared(self, plan: prefix.Plan, where: Tensor) -> tuple[Tensor, Tensor | None]:
+        """One packed row in which every shared token stands once."""
+        device = self.device
+        at, target, which = plan.at.to(device), plan.target.to(device), plan.which.to(device)
+        with self._cast(), self._training():
+            hidden = self.head.hidden(plan.ids[None].to(device), plan.position[None].to(device), plan.layout)[0, at]
+            value, entropy = self.head.read(hidden, target, self.temperature, self.head_elements, self.entropy)
+        place = plan.row.to(device), plan.step.to(device)
+        logp = torch.zeros(where.shape, device=device).index_put(place, value[which])
+        if entropy is None:
+            return logp, None
+        return logp, torch.zeros(where.shape, device=device).index_put(place, entropy[which])
+
+    def _plan(self, prompts: list[Tensor], steps: list[Tensor], where: Tensor) -> prefix.Plan | None:
+        """The packed forward of these rows, or None where the ordinary one costs no more."""
+        found = self._laid(prompts, steps, where)
+        return found[0] if found is not None and found[1] else None
+
+    def _laid(self, prompts: list[Tensor], steps: list[Tensor], where: Tensor) -> tuple[prefix.Plan, bool] | None:
+        """The packed forward of these rows and whether it pays; None where it cannot."""
+        cost = self.cost
+        if cost is None or len(prompts) < 2:
+            return None
+        ordinary = cost.ordinary(len(prompts), max(len(p) + len(s) for p, s in zip(prompts, steps)) - 1)
+        trained = where.cpu()
+        if not cost.worth(ordinary) or not trained.any():
+            return None
+        rows = [torch.cat([p, s]) for p, s in zip(prompts, steps)]
+        key = tuple(map(len, prompts)), *(r.numpy().tobytes() for r in rows), trained.nonzero().numpy().tobytes()
+        if (known := self._plans.get(key)) is not None:  # split, evaluate and the reference ask for the same block
+            return known
+        plan = prefix.plan(prompts, steps, trained, cost)
+        pays = False
+        usable: list[prefix.Form] = [form for form in prefix.forms(self.device) if form not in self.distrusted]
+        for form in sorted(usable, key=lambda form: cost.packed(plan.layout, form)):
+            if cost.packed(plan.layout, form) > (1 - cost.rates.margin) * ordinary:
+                break
+            if self._trusted(form, plan, prompts, steps):
+                plan.layout.form, pays = form, True
+                break
+        self._plans[key] = plan, pays
+        while len(self._plans) > 4:
+            self._plans.popitem(last=False)
+        return plan, pays
+
+    def _trusted(self, form: prefix.Form, plan: prefix.Plan, prompts: list[Tensor], steps: list[Tensor]) -> bool:
+        """Whether the form gives the ordinary forward's numbers, seen on a piece of the batch it is first wanted for."""
+        if form in self._compared:
+            return True
+        cost = self.cost
+        assert cost is not None
+        rows, skip, keep = prefix.sample(plan, prompts, cost.window)
+        some = [prompts[i][skip:] for i in rows]
+        short = [steps[i][: max(1, keep - len(prompts[i]))] for i in rows]
+        where = torch.arange(max(map(len, short))) < torch.tensor([len(s) for s in short])[:, None]
+        small = prefix.plan(some, short, where, cost, least=1)
+        small.layout.form = form
+        why = None
+        try:
+            half = next(self.model.parameters()).dtype != torch.float32
+            for cast in {None, self.autocast}:
+                why = why or self._differ(small, some, short, where.to(self.device), cast, 0.25 if half or cast else 1e-4)
+        except (GruppoError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            why = f"it failed with {type(error).__name__}: {error}"
+        if why is None:
+            self._compared.add(form)
+            return True
+        self.distrusted[form] = why
+        warnings.warn(
+            f"shared prefixes are not computed in the form {form!r} for this model: {why}. Training goes on with the next "
+            "form, at last with the ordinary forward, which computes every prompt once per completion",
+            stacklevel=2,
+        )
+        return False
+
+    def _differ(
+        self, plan: prefix.Plan, prompts: list[Tensor], steps: list[Tensor], where: Tensor, cast: Any, allowed: float
+    ) -> str | None:
+        """A sentence with the numbers when the packed forward and the ordinary one disagree."""
+        trained = sorted(self.parameters(), key=torch.Tensor.numel)  # a gradient of all weights may not fit twice
+        size = torch.tensor([p.numel() for p in trained]).cumsum(0)
+        trained = [p for p, n in zip(trained, size.tolist()) if n <= 2**26] or trained[:1]
+        own, self.autocast = self.autocast, cast
+        try:
+            with torch.enable_grad():
+                found = []
+                for read in (lambda: self._read_rows(prompts, steps, where), lambda: self._read_shared(plan, where)):
+                    logp = read()[0]
+                    sign = torch.cos(torch.arange(logp.numel(), device=logp.device)).view_as(logp)  # no two steps weigh the same
+                    total = (logp * sign).sum()
+                    grads = torch.autograd.grad(total, trained, allow_unused=True) if total.requires_grad else ()
+                    found.append((logp.detach(), torch.cat([g.flatten().float() for g in grads if g is not None] or [logp[:0]])))
+        finally:
+            self.autocast = own
+        (logp, grad), (packed, other) = found
+        gap = float((logp - packed).abs().max())
+        if not plan.layout.used:
+            return "its attention layers do not use transformers' attention interface"
+        if not gap <= allowed:
+            return f"its log-probabilities differ by {gap:.2g} from those of the ordinary forward (allowed {allowed:g})"
+        if grad.shape != other.shape:
+            return "its gradient reaches other weights than that of the ordinary forward"
+        off = float((grad - other).norm() / grad.norm().clamp(min=1e-12)) if grad.numel() else 0.0
+        if not off <= 10 * allowed:
+            return f"its gradient differs by {off:.2g} of its length from that of the ordinary forward (allowed {10 * allowed:g})"
+        return None
 
     def read_packed(self, bins: Sequence[Sequence[tuple[Tensor, Tensor]]], *, temperature: float | None = None) -> list[Tensor]:
         """log p [T] of the steps of every (prompt, steps) pair, several pairs laid end to end in each row; differentiable.
@@ -276,28 +397,51 @@ class TokenPolicy:
         return list(value.split(lengths))
 
     def split(self, batch: Batch, scope: Scope, size: int) -> Iterator[Batch]:
-        """Blocks of rows of similar length, at most `size` tokens each with padding (one row or group at the least)."""
+        """Blocks of at most `size` tokens each (one row or group at the least): rows that share a prompt stay together where
+        computing it once pays, and count it once; the others are padded to rows of similar length and count the padding."""
         batch = batch.to(self.device)
-        cost = [len(p.prompt) + len(p) for p in batch.paths]
         if scope == "group":
-            members = [(batch.group == i).nonzero()[:, 0].tolist() for i in batch.group.unique()]
-            for some in blocks([max(cost[r] for r in m) * len(m) for m in members], size):
-                yield batch.rows(r for m in some for r in members[m])
-            return
-        live = batch.mask.any(1).nonzero()[:, 0].tolist()
-        for some in blocks([cost[r] for r in live], size):
-            yield batch.rows(live[i] for i in some)
+            units = [(batch.group == i).nonzero()[:, 0].tolist() for i in batch.group.unique()]
+        else:
+            units = [[r] for r in batch.mask.any(1).nonzero()[:, 0].tolist()]
+        prompts, steps = [p.prompt for p in batch.paths], [p.steps for p in batch.paths]
+        for rows in self._cut(units, prompts, steps, batch.mask.cpu(), size):
+            yield batch.rows(rows)
+
+    def _cut(
+        self, units: list[list[int]], prompts: list[Tensor], steps: list[Tensor], where: Tensor, size: int
+    ) -> Iterator[list[int]]:
+        """Rows of one forward each, no unit torn apart, in blocks of at most `size` tokens that are really computed."""
+        rest = []
+        queue = deque(prefix.neighbours(units, prompts, steps, self.cost.least) if self.cost is not None else [])
+        while queue:
+            some, count = [queue.popleft()], 0
+            count = some[0].alone
+            while queue and count + queue[0].more <= size:
+                count += queue[0].more
+                some.append(queue.popleft())
+            while True:
+                rows = [r for unit in some for r in unit.rows]
+                found = self._laid([prompts[r] for r in rows], [steps[r] for r in rows], where[rows])
+                if found is None or not found[1] or found[0].layout.total <= size or len(some) == 1:
+                    break
+                queue.appendleft(some.pop())
+            if found is not None and found[1]:
+                yield rows
+            else:
+                rest += [unit.rows for unit in some]
+        if self.cost is None:
+            rest = units
+        for block in blocks([max(len(prompts[r]) + len(steps[r]) for r in unit) * len(unit) for unit in rest], size):
+            yield [r for i in block for r in rest[i]]
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
 
-    def save(self, folder: FilePath, *, merge: bool = False) -> None:
-        """A plain transformers folder, or peft's adapter folder."""
-        save(self.model, self.tokenizer, folder, merge=merge)
-
-    def restore(self, folder: FilePath) -> None:
-        """The weights of a folder that `save` wrote."""
-        restore(self.model, folder)
+    def _recompute(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        # a checkpointed layer runs again in backward, when the forward's choice of attention is long undone
+        config = self.head.config
+        return nullcontext(), prefix.attending(config, config._attn_implementation)
 
     def _cast(self):
         return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
@@ -356,12 +500,22 @@ class Head:
         assert parts is not None
         return parts[1](hidden)
 
-    def hidden(self, ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+    @property
+    def config(self) -> Any:
+        """The configuration that the attention layers read."""
+        parts = self._parts()
+        return self.model.config.get_text_config() if parts is None else parts[0].config.get_text_config()
+
+    def hidden(self, ids: Tensor, position_ids: Tensor | None = None, layout: prefix.Layout | None = None) -> Tensor:
         """[B, L, D], or the logits [B, L, V] themselves for a model whose head cannot be taken apart."""
         parts = self._parts()
-        if self.finish is None or parts is None:
-            return self.model(input_ids=ids, position_ids=position_ids, use_cache=False).logits
-        return parts[0](input_ids=ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        run = self.model if self.finish is None or parts is None else parts[0]
+        if layout is None:
+            out = run(input_ids=ids, position_ids=position_ids, use_cache=False)
+        else:
+            with prefix.attending(self.config):
+                out = run(input_ids=ids, position_ids=position_ids, use_cache=False, prefix_layout=layout)
+        return out.logits if run is self.model else out.last_hidden_state
 
     def read(
         self, hidden: Tensor, target: Tensor, temperature: float, elements: int, entropy: bool
