@@ -391,6 +391,12 @@ EXPECTED: dict[str, tuple[float, float]] = {
     "red-drop": (0.5, -0.5),  # of the five wrong paths the two with the lowest lots are dropped: DROPPED
     "red-weight": (1.167654, -0.257733),  # .625 e^.625, -.375 e^-.375
     "multi-objective-grpo": (1.207612, -0.724567),
+    "flow-grpo-fast": (1.290728, -0.774437),
+    "flow-cps": (1.290728, -0.774437),
+    "grpo-guard": (1.290728, -0.774437),
+    "dance-grpo": (1.207615, -0.724569),
+    "mix-grpo": (1.207615, -0.724569),
+    "mix-grpo-flash": (1.207615, -0.724569),
     "flow-grpo": (1.290728, -0.774437),  # the population std, .484123 + 1e-4
     "gdpo": (1.207494, -0.724496),  # normalised twice: over the group, then over a batch that is this group
     "pref-grpo": (1.207615, -0.724569),  # win rates .857 and .286: two values standardise alike, whatever they are

@@ -18,12 +18,15 @@ from gruppo.recipe import Recipe
 from gruppo.recipes.asymre import asymre
 from gruppo.recipes.cispo import cispo
 from gruppo.recipes.corrected import corrected, grpo_mis, grpo_tis
+from gruppo.recipes.dance_grpo import dance_grpo
 from gruppo.recipes.dapo import dapo
 from gruppo.recipes.dr_grpo import dr_grpo
+from gruppo.recipes.flow_fast import flow_cps, flow_grpo_fast, grpo_guard
 from gruppo.recipes.flow_grpo import flow_grpo
 from gruppo.recipes.gdpo import gdpo
 from gruppo.recipes.grpo import grpo
 from gruppo.recipes.gspo import gspo, gspo_token
+from gruppo.recipes.mix_grpo import mix_grpo, mix_grpo_flash
 from gruppo.recipes.multi_objective import multi_objective
 from gruppo.recipes.opmd import kimi_opmd, opmd
 from gruppo.recipes.pref_grpo import pref_grpo
@@ -60,6 +63,7 @@ class Entry:
     family: Literal["text", "vision", "image"] = "text"
     aliases: tuple[str, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)  # numbers with which the laws and the golden run train it
+    rate: float | None = None  # learning rate of the recorded curve, where the family's does not suit
     laws: Mapping[str, str] = field(default_factory=dict)  # law it opts out of -> why
 
     @property
@@ -265,6 +269,65 @@ RECIPES: dict[str, Entry] = {
             base=None,
             family="image",
             tiny={"n": 8, **SMALL},
+        ),
+        Entry(
+            "2505.05470/fast",
+            "flow-grpo-fast",
+            "Flow-GRPO: Training Flow Matching Models via Online RL",
+            flow_grpo_fast,
+            base="flow-grpo",
+            family="image",
+            tiny={"n": 8, "window": 2, **SMALL},
+        ),
+        Entry(
+            "2509.05952",
+            "flow-cps",
+            "Coefficients-Preserving Sampling for Reinforcement Learning with Flow Matching",
+            flow_cps,
+            base="flow-grpo",
+            family="image",
+            tiny={"n": 8, **SMALL},
+        ),
+        Entry(
+            "2510.22319",
+            "grpo-guard",
+            "GRPO-Guard: Mitigating Implicit Over-Optimization in Flow Matching via Regulated Clipping",
+            grpo_guard,
+            base="flow-grpo",
+            family="image",
+            tiny={"n": 8, **SMALL},
+            rate=1.0,  # its loss is divided by the step size
+        ),
+        Entry(
+            "2505.07818",
+            "dance-grpo",
+            "DanceGRPO: Unleashing GRPO on Visual Generation",
+            dance_grpo,
+            base="flow-grpo",
+            family="image",
+            tiny={"n": 8, "updates": 2, **SMALL},
+            rate=1.0,  # two updates per batch, of steps with less noise
+        ),
+        Entry(
+            "2507.21802",
+            "mix-grpo",
+            "MixGRPO: Unlocking Flow-based GRPO Efficiency with Mixed ODE-SDE",
+            mix_grpo,
+            base="flow-grpo",
+            family="image",
+            tiny={"n": 8, "window": 3, "tau": 5, "updates": 2, **SMALL},
+            rate=1.0,
+        ),
+        Entry(
+            "2507.21802/flash",
+            "mix-grpo-flash",
+            "MixGRPO: Unlocking Flow-based GRPO Efficiency with Mixed ODE-SDE",
+            mix_grpo_flash,
+            base="mix-grpo",
+            family="image",
+            aliases=("flash",),
+            tiny={"n": 8, "window": 3, "tau": 5, "updates": 2, **SMALL},
+            rate=1.0,
         ),
         Entry(
             "2508.20751",

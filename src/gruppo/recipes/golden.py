@@ -158,7 +158,8 @@ FAMILIES: dict[str, Any] = {"text": (tiny_policy, Draw, grading), "image": (tiny
 def record(name: str, steps: int = STEPS) -> dict[str, Any]:
     """Train the recipe on the tiny task and return its curve: means over the step's groups, and the loss's statistics."""
     entry = find(name)
-    trial = Trial.of(recipe(entry.arxiv, **entry.tiny), rate=RATES[entry.family], family=entry.family)
+    rate = RATES[entry.family] if entry.rate is None else entry.rate
+    trial = Trial.of(recipe(entry.arxiv, **entry.tiny), rate=rate, family=entry.family)
     rows = []
     for _ in range(steps):
         done = trial.advance()
@@ -169,7 +170,7 @@ def record(name: str, steps: int = STEPS) -> dict[str, Any]:
         row = {"correct": float(correct.mean()), "reward": float(shaped.mean()), "length": length, **stats}
         rows.append({k: round(v, 7) for k, v in row.items()})
     numbers = {k: describe(v) if callable(v) else v for k, v in entry.tiny.items()}
-    return {"recipe": entry.nickname, "numbers": numbers, "prompts": PROMPTS, "rate": RATES[entry.family], "steps": rows}
+    return {"recipe": entry.nickname, "numbers": numbers, "prompts": PROMPTS, "rate": rate, "steps": rows}
 
 
 def write(name: str, folder: pathlib.Path = CURVES) -> pathlib.Path:
