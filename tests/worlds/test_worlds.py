@@ -327,6 +327,8 @@ def test_a_base_model_has_one_eos_and_ends_by_itself(base):
 
 def test_a_base_model_has_room_to_learn_and_something_to_learn_from(base):
     world, policy = base
+    if "correct" not in getattr(world.verify[0], "signals", ("correct",)):
+        pytest.skip(f"nothing is right or wrong in the world {world.name}")
     tasks = [t for t in world.held_out(60) for _ in range(4)]
     paths = policy.sample([t.prompt for t in tasks], g=torch.Generator().manual_seed(1))
     right = [float(world.verify[0].one(p.output, t)) for p, t in zip(paths, tasks)]

@@ -66,6 +66,7 @@ def films() -> tuple[Film, ...]:
     return tuple(out)
 
 
+@cache
 def listed() -> tuple[Film, ...]:
     """The catalogue, in a fixed order."""
     return tuple(f for f in films() if f.listed)
@@ -193,7 +194,7 @@ CATALOG = World(
     key=key,
     verify=(Ranking(catalog(), ranks=RANKS),),
     weights={"ndcg": 1.0},
-    metrics=(catalog_share, RecallAt(RANKS), NDCGAt(RANKS)),
+    metrics=(RecallAt(RANKS), catalog_share, NDCGAt(RANKS)),
     base=Path(__file__).parent / "catalog_base",
     config={
         "hidden_size": 96,

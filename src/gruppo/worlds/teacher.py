@@ -95,11 +95,17 @@ def embeddings() -> dict[str, Tensor]:
     return out
 
 
+@cache
+def cosines() -> dict[str, Tensor]:
+    """Of each film with each film of the catalogue."""
+    table = torch.stack([embeddings()[f.title] for f in listed()])
+    return {title: table @ vector for title, vector in embeddings().items()}
+
+
 def similarity(lines: Sequence[str]) -> Tensor:
     """The cosine between a line's film and each film of the catalogue; 0 for a film that nobody knows."""
-    table = torch.stack([embeddings()[f.title] for f in listed()])
     known = [film_of(line) for line in lines]
-    return torch.stack([torch.zeros(len(table)) if f is None else table @ embeddings()[f.title] for f in known])
+    return torch.stack([torch.zeros(len(listed())) if f is None else cosines()[f.title] for f in known])
 
 
 def sameness(lines: Sequence[str]) -> Tensor:
