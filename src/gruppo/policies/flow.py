@@ -187,6 +187,11 @@ class FlowPolicy:
         """Whether the network predicts epsilon; velocity otherwise."""
         return getattr(self.painter, "epsilon", False)
 
+    @property
+    def kernel(self) -> Kernel:
+        """A kernel that reads what the network predicts; without noise all of its kind take the same step."""
+        return DDIM() if self.epsilon else FlowSDE()
+
     def fitting(self, kernel: Kernel) -> Kernel:
         """The kernel, if it reads what the network predicts."""
         if isinstance(kernel, DDIM) != self.epsilon:
@@ -275,7 +280,7 @@ class FlowPolicy:
     def sample(self, prompts: Sequence[Any], *, g: torch.Generator) -> list[Path]:
         """One picture per prompt, painted without noise on the evaluation's grid. Nothing in these paths can be trained."""
         sigmas = self.painter.sigmas(self.eval_steps)
-        courses = [Course.of(p, sigmas, FlowSDE(), ()) for p in prompts]
+        courses = [Course.of(p, sigmas, self.kernel, ()) for p in prompts]
         done = self.walk(self.noise(len(courses), g), courses, 0, len(sigmas) - 1, counted="evaluated")
         still = torch.zeros(len(sigmas) - 1, dtype=torch.bool)
         images = self.decode(done.last)
