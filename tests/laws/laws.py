@@ -59,13 +59,28 @@ def first_rows(group: Group, n: int) -> Group:
 
 
 def picked(group: Group, rows: list[int]) -> Group:
-    """These paths in this order, their signals with them and their forks pointing at the new rows."""
+    """These paths in this order, their signals with them and their forks pointing at the new rows.
+
+    Where a parent is left out, its first child that stays takes its place: the steps before the fork are the child's own then.
+    """
     signals = {k: v[rows] if isinstance(v, Tensor) else [v[i] for i in rows] for k, v in group.signals.items()}
+    paths = list(group.paths)
+    for gone in (i for i in range(len(paths)) if i not in rows):
+        heir = None
+        for i in (i for i in rows if i > gone and (paths[i].fork or (-1, 0))[0] == gone):
+            t = paths[i].fork[1]
+            if heir is None:
+                heir, before = i, torch.arange(len(paths[i])) < t
+                up = paths[gone].fork
+                fork = None if up is None else (up[0], min(up[1], t))
+                paths[i] = replace(paths[i], fork=fork, mask=paths[i].mask | (paths[gone].mask & before))
+            else:
+                paths[i] = replace(paths[i], fork=(heir, t))
 
     def moved(path: Path) -> Path:
         return path if path.fork is None else replace(path, fork=(rows.index(path.fork[0]), path.fork[1]))
 
-    return Group(group.task, [moved(group.paths[i]) for i in rows], signals)
+    return Group(group.task, [moved(paths[i]) for i in rows], signals)
 
 
 def compared(recipe: Recipe, groups: list[Group]) -> list[Group]:
@@ -398,6 +413,10 @@ EXPECTED: dict[str, tuple[float, float]] = {
     "mix-grpo": (1.207615, -0.724569),
     "mix-grpo-flash": (1.207615, -0.724569),
     "flow-grpo": (1.290728, -0.774437),  # the population std, .484123 + 1e-4
+    "tempflow-grpo": (1.290728, -0.774437),
+    "g2rpo": (1.207615, -0.724569),  # one view, the sample std
+    "branch-grpo": (1.207615, -0.724569),  # paths that share nothing: each is a node of its own at every depth
+    "branch-grpo-mix": (1.207615, -0.724569),
     "gdpo": (1.207494, -0.724496),  # normalised twice: over the group, then over a batch that is this group
     "pref-grpo": (1.207615, -0.724569),  # win rates .857 and .286: two values standardise alike, whatever they are
 }

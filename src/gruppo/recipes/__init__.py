@@ -16,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gruppo.recipe import Recipe
 from gruppo.recipes.asymre import asymre
+from gruppo.recipes.branch_grpo import branch_grpo, branch_grpo_mix
 from gruppo.recipes.cispo import cispo
 from gruppo.recipes.corrected import corrected, grpo_mis, grpo_tis
 from gruppo.recipes.dance_grpo import dance_grpo
@@ -23,6 +24,7 @@ from gruppo.recipes.dapo import dapo
 from gruppo.recipes.dr_grpo import dr_grpo
 from gruppo.recipes.flow_fast import flow_cps, flow_grpo_fast, grpo_guard
 from gruppo.recipes.flow_grpo import flow_grpo
+from gruppo.recipes.g2rpo import g2rpo
 from gruppo.recipes.gdpo import gdpo
 from gruppo.recipes.grpo import grpo
 from gruppo.recipes.gspo import gspo, gspo_token
@@ -45,6 +47,7 @@ from gruppo.recipes.rloo import rloo
 from gruppo.recipes.scalerl import scalerl
 from gruppo.recipes.seed_grpo import seed_grpo
 from gruppo.recipes.stratified_grpo import lengths, stratified_grpo
+from gruppo.recipes.tempflow_grpo import tempflow_grpo
 from gruppo.recipes.unlikeliness import unlikeliness
 from gruppo.recipes.xrpo import side_by_side, xrpo
 from gruppo.rollouts.segmented import Pieces
@@ -330,11 +333,49 @@ RECIPES: dict[str, Entry] = {
             rate=1.0,
         ),
         Entry(
+            "2508.04324",
+            "tempflow-grpo",
+            "TempFlow-GRPO: When Timing Matters for GRPO in Flow Models",
+            tempflow_grpo,
+            base="flow-grpo",
+            family="image",
+            aliases=("tempflow",),
+            tiny={"n": 8, "seeds": 1, "eta": 1.0, **SMALL},
+        ),
+        Entry(
+            "2510.01982",
+            "g2rpo",
+            "G2RPO: Granular GRPO for Precise Reward in Flow Models",
+            g2rpo,
+            base="flow-grpo",
+            family="image",
+            aliases=("granular-grpo",),
+            tiny={"n": 8, "strides": [1, 2], "clip": 0.01},  # several optimizer steps at the full rate: held together
+        ),
+        Entry(
+            "2509.06040",
+            "branch-grpo",
+            "BranchGRPO: Stable and Efficient GRPO with Structured Branching in Diffusion Models",
+            branch_grpo,
+            base="flow-grpo",
+            family="image",
+            tiny={"n": 8, "splits": [0, 1, 3], "eta": 1.0, **SMALL},
+        ),
+        Entry(
+            "2509.06040/mix",
+            "branch-grpo-mix",
+            "BranchGRPO: Stable and Efficient GRPO with Structured Branching in Diffusion Models",
+            branch_grpo_mix,
+            base="branch-grpo",
+            family="image",
+            tiny={"n": 8, "splits": [0, 1, 3], "window": 3, "eta": 1.5, **SMALL},
+        ),
+        Entry(
             "2508.20751",
             "pref-grpo",
             "Pref-GRPO: Pairwise Preference Reward-based GRPO for Stable Text-to-Image Reinforcement Learning",
             pref_grpo,
-            base="flow-grpo",
+            base="dance-grpo",
             family="image",
             tiny={"n": 8, "weights": {"reward": 1.0}, "ranked": ["reward"], **SMALL},  # win rates by the run's own sum
         ),

@@ -1,6 +1,7 @@
 """The reusable ways to turn tasks into graded groups."""
 
 from gruppo.rollouts.allocate import Allocate
+from gruppo.rollouts.branching import Branches
 from gruppo.rollouts.conversation import Conversation, Tags, Talk, ToolCalls, Transcript, WithTools, talked
 from gruppo.rollouts.dynamic import Dynamic
 from gruppo.rollouts.parallel import Parallel, Reread, WithReference
@@ -8,9 +9,11 @@ from gruppo.rollouts.segmented import Pieces, Segmented
 from gruppo.rollouts.stale import Stale
 from gruppo.rollouts.stored import Stored
 from gruppo.rollouts.trajectories import Trajectories
+from gruppo.rollouts.tree import Tree
 
 __all__ = [
     "Allocate",
+    "Branches",
     "Conversation",
     "Dynamic",
     "Parallel",
@@ -24,6 +27,7 @@ __all__ = [
     "ToolCalls",
     "Trajectories",
     "Transcript",
+    "Tree",
     "WithReference",
     "WithTools",
     "talked",
