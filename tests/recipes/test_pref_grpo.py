@@ -10,13 +10,14 @@ import torch
 from tests.graders.clips import picture
 from tests.recipes.batches import advantages, path
 
-from gruppo.core.collate import Passes, collate
+from gruppo.core.collate import collate
 from gruppo.core.gaussian import WithGaussianKL
 from gruppo.graders.grade import Grading
 from gruppo.graders.images import ImageScore, JpegSize
 from gruppo.graders.judge import Margin, WinRate
+from gruppo.policies.kernels import FlowSDE
 from gruppo.recipe import difference
-from gruppo.recipes.flow_grpo import flow_grpo
+from gruppo.recipes.dance_grpo import dance_grpo
 from gruppo.recipes.golden_flow import FlowDraw, Points, flow_grading, tiny_flow
 from gruppo.recipes.pref_grpo import Preferred, pref_grpo, won
 from gruppo.train import iterate
@@ -189,11 +190,10 @@ def test_a_random_part_of_all_but_the_last_step_is_trained() -> None:
         assert float(p.prompt.levels[-1]) == 0.0  # the picture is what the last call expects
 
 
-def test_parts_are_optimizer_steps_of_whole_groups() -> None:
-    made = pref_grpo(parts=2)
+def test_every_prompt_is_in_each_optimizer_step() -> None:
     graded = [g.with_(advantage=torch.zeros(8, 6)) for g in groups_of()]
-    assert [len(b) for b in made.cadence(collate(graded))] == [8, 8]
-    assert made.cadence == Passes(1, 2)
+    parts = list(pref_grpo().cadence(collate(graded)))
+    assert [b.group.tolist() for b in parts] == [[0] * 4 + [1] * 4] * 2
 
 
 class Painted(Points):
@@ -212,7 +212,7 @@ def test_it_trains_on_a_judge_of_pictures() -> None:
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     made = pref_grpo(n=4, weights={"win_rate": 0.7, "kb": 1.4})
     done = iterate(policy, FlowDraw(0, 2), Grading(graders, {"win_rate": 1.0}), made, optimizer, torch.Generator().manual_seed(0))
-    assert done.updates == 1
+    assert done.updates == 2
     assert any(not torch.equal(a, b) for a, b in zip(before, policy.parameters()))
     for group in done.groups:
         sizes = [v for v in JpegSize()([p.output for p in group.paths], [""] * 4) if isinstance(v, float)]
@@ -235,5 +235,5 @@ def test_preset() -> None:
     assert made.reference is None
     assert isinstance(pref_grpo(beta=0.004).loss, WithGaussianKL)
     assert pref_grpo(beta=0.004).reference is not None
-    assert made.rollout.kernel.eta == 0.7  # type: ignore[attr-defined]
-    assert set(difference(made, flow_grpo(beta=0.0))) == {"rollout", "reward", "advantage", "needs"}
+    assert made.rollout.kernel == FlowSDE(0.7)  # type: ignore[attr-defined]
+    assert set(difference(made, dance_grpo(n=8, updates=2, weights={"win_rate": 1.0}))) == {"rollout", "reward", "needs"}

@@ -3,7 +3,7 @@ std makes large advantages of its noise. A judge that compares two pictures give
 
     w_i = (wins + 1/2 ties) / (G - 1)                        over all G(G-1)/2 pairs of the group
     A_i = sum_k c_k (w_k(i) - mean(w_k)) / (std(w_k) + eps)  the win rate, and whatever else is weighed, each by itself
-    J   = 1/G sum_i 1/T sum_t min(rho_t A_i, clip(rho_t, 1 - c, 1 + c) A_i) - beta KL_t
+    J   = 1/G sum_i 1/|S_i| sum_{t in S_i} { min(rho_t A_i, clip(rho_t, 1 - c, 1 + c) A_i) - beta KL_t }
 
 The rest is DanceGRPO's trainer with Flow-GRPO's noise: the pictures of a prompt begin at one noise, the last step is
 deterministic and not trained, and every path trains a random part of the others.
@@ -25,16 +25,16 @@ The mean win rate of a group is 1/2 whatever the policy learns, so progress show
 | std | sample (n - 1), eps 1e-8 | "std" | the same |
 | several rewards | advantages added | CLIP was added; how is not known to us | advantages added; optional GDPO |
 | advantage | clamped to +-5 | not known to us | clamped to +-5 |
-| trained steps | int(.6 (T - 1)) of the first T - 1, random per path | not known to us | the same |
+| trained steps | int(tau (T - 1)) of the first T - 1, random per path | not known to us | the same |
 | picture | what the last call expects (x0_hat) | not known to us | the same |
-| optimizer steps | `parts` per batch, 1 | not known to us | one per 4 of a process's 8 paths |
+| optimizer steps | `updates` per batch | 4 accumulation steps | one per 4 of a process's 8 paths |
 | KL | 0; exact form | 0 | 0 for FLUX, .004 for Wan, exact form |
 | ratio of GRPO-Guard | not here | | `rationorm` |
 
-Hyper-parameters: G 8, 25 steps, shift 3, eta .7, share .6, clip 1e-4, lr 1e-5 (FLUX.1-dev). With few latent elements the clip
-range is wider, as for Flow-GRPO.
+Hyper-parameters: G 8, 25 steps, shift 3, eta .7, tau .6, clip 1e-4, 2 updates, lr 1e-5 (FLUX.1-dev). With few latent
+elements the clip range is wider, as for Flow-GRPO.
 
-Cost: as Flow-GRPO, and G(G-1)/2 questions to the judge per prompt: 28 for G 8, 276 for G 24; twice that with `swap`.
+Cost: as DanceGRPO, and G(G-1)/2 questions to the judge per prompt: 28 for G 8, 276 for G 24; twice that with `swap`.
 
 Not for: a judge that costs more than the painter, or one whose preferences are nearly coin flips: win rates of a group have the
 same spread whether its pictures differ or not, so noise is trained at full size. Nor against hacking by itself: a win rate
@@ -45,23 +45,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from gruppo.core.collate import Passes
 from gruppo.core.gaussian import exact, with_gaussian_kl
-from gruppo.core.reduce import sequence_mean
-from gruppo.core.surrogate import PPOClip
 from gruppo.graders.judge import pairs_of, win_rates
 from gruppo.policies.kernels import FlowSDE
 from gruppo.policies.reference import initial
-from gruppo.recipe import Recipe, Signal, unchanged, whole
-from gruppo.recipes.flow_grpo import Clamped
+from gruppo.recipe import Recipe, Signal
+from gruppo.recipes.dance_grpo import dance_grpo
 from gruppo.recipes.gdpo import Decoupled, OneScale
 from gruppo.recipes.multi_objective import Weights, columns, listed
-from gruppo.rollouts.trajectories import RandomShare, Trajectories, but_last
 from gruppo.types import Group, GruppoError
 
 WIN_RATE = {"win_rate": 1.0}
@@ -114,26 +110,25 @@ def pref_grpo(
     ranked: Sequence[str] = (),
     batch_scale: bool = False,
     eta: float = 0.7,
-    share: float = 0.6,
+    tau: float = 0.6,
     clip: float = 1e-4,
+    updates: int = 2,
     beta: float = 0.0,
     form: Callable[..., Tensor] = exact,
     shared_noise: bool = True,
-    parts: int = 1,
     digits: int | None = 3,
     eps: float = 1e-8,
 ) -> Recipe:
     """The share of its group that a picture beats, by a pairwise judge, in place of a score."""
     named = listed(weights)
-    advantage = Decoupled(named, ddof=1, eps=eps)
-    return Recipe(
-        rollout=Trajectories(n, FlowSDE(eta), but_last, RandomShare(share), shared_noise=shared_noise),
+    base = dance_grpo(n, eta, tau, clip, updates, weights, shared_noise=shared_noise, eps=eps)
+    return replace(
+        base,
+        rollout=replace(base.rollout, kernel=FlowSDE(eta)),  # type: ignore[type-var]
         reward=Preferred(named, tuple(ranked), digits),
-        advantage=advantage if batch_scale else Clamped(advantage),
-        loss=with_gaussian_kl(PPOClip(clip, clip, scope="step"), beta, form),
-        reduce=sequence_mean,
-        across=ClampedAfter(OneScale(ddof=1, eps=eps)) if batch_scale else unchanged,
-        cadence=whole if parts == 1 else Passes(1, parts),
+        advantage=Decoupled(named, ddof=1, eps=eps) if batch_scale else base.advantage,
+        across=ClampedAfter(OneScale(ddof=1, eps=eps)) if batch_scale else base.across,
+        loss=with_gaussian_kl(base.loss, beta, form),
         needs=tuple(Signal(name, WHY if name == "win_rate" else f"an objective, weight {w:g}") for name, w in named),
         reference=initial if beta else None,
     )
