@@ -203,7 +203,8 @@ def recorded(entry: Entry, run: dict[str, Any]) -> str:
     """The golden run in words, a figure and six of its steps."""
     steps = run["steps"]
     shown = [0, 3, 7, 11, 15, len(steps) - 1]
-    keys = [k for k in ("correct", "reward", "length", "loss", "ratio", "entropy", "kl", "grad_norm") if k in steps[0]]
+    known = ("correct", "reward", "length", "loss", "ratio", "clip_low", "clip_high", "entropy", "kl", "grad_norm")
+    keys = [k for k in known if k in steps[0] and (not k.startswith("clip") or any(row[k] for row in steps))]
     rows = [(str(i + 1), *(f"{steps[i][k]:.3f}" for k in keys)) for i in shown]
     numbers = ", ".join(f"{k} {v}" for k, v in run["numbers"].items())
     task = "gruppo.recipes.golden_flow" if entry.family == "image" else "gruppo.recipes.golden"

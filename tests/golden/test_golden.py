@@ -45,6 +45,17 @@ def test_every_curve_belongs_to_a_recipe() -> None:
     assert {p.stem for p in HERE.glob("*.json")} == {e.nickname for e in RECIPES.values()}
 
 
+def test_the_off_policy_family_is_recorded_on_stale_paths_where_its_masks_bite() -> None:
+    """On fresh paths all of REC's masks are 1 and its weights too: the curves of seven recipes would be one."""
+    names = [e.nickname for e in RECIPES.values() if e.id == "2509.24203"]
+    curves = {name: json.loads((HERE / f"{name}.json").read_text()) for name in names}
+    assert all(curve["numbers"]["sync_every"] > 1 for curve in curves.values())
+    seen = {name: tuple(row["grad_norm"] for row in curve["steps"][:EXACT]) for name, curve in curves.items()}
+    assert len(set(seen.values())) == len(names) == 12
+    for name in ("rec-oneside", "rec-oneside-is", "rec-twoside", "rec-twoside-is", "rec-ring", "rec-ring-is"):
+        assert max(row["clip_low"] + row["clip_high"] for row in curves[name]["steps"][:EXACT]) > 0.05
+
+
 @pytest.mark.parametrize("name", [e.nickname for e in RECIPES.values()])
 def test_learn(name: str) -> None:
     """Law `learn`: the share of right answers rises by 0.3 or more from the first five recorded steps to the last five."""

@@ -24,6 +24,7 @@ from gruppo.policies.token import TokenPolicy
 from gruppo.recipe import Recipe, describe
 from gruppo.recipes import find, recipe
 from gruppo.recipes.golden_flow import FlowDraw, flow_grading, tiny_flow
+from gruppo.rollouts.stale import stale
 from gruppo.train import Iteration, iterate
 from gruppo.types import Group, GruppoError, Reference, Task
 
@@ -159,7 +160,7 @@ def record(name: str, steps: int = STEPS) -> dict[str, Any]:
     """Train the recipe on the tiny task and return its curve: means over the step's groups, and the loss's statistics."""
     entry = find(name)
     rate = RATES[entry.family] if entry.rate is None else entry.rate
-    trial = Trial.of(recipe(entry.arxiv, **entry.tiny), rate=rate, family=entry.family)
+    trial = Trial.of(stale(recipe(entry.arxiv, **entry.tiny), entry.sync), rate=rate, family=entry.family)
     rows = []
     for _ in range(steps):
         done = trial.advance()
@@ -170,6 +171,8 @@ def record(name: str, steps: int = STEPS) -> dict[str, Any]:
         row = {"correct": float(correct.mean()), "reward": float(shaped.mean()), "length": length, **stats}
         rows.append({k: round(v, 7) for k, v in row.items()})
     numbers = {k: describe(v) if callable(v) else v for k, v in entry.tiny.items()}
+    if entry.sync > 1:
+        numbers["sync_every"] = entry.sync
     return {"recipe": entry.nickname, "numbers": numbers, "prompts": PROMPTS, "rate": rate, "steps": rows}
 
 
