@@ -78,9 +78,16 @@ def by_title() -> dict[str, Film]:
     return {f.title: f for f in films()}
 
 
-def of(cell: Cell) -> list[Film]:
+@cache
+def of(cell: Cell) -> tuple[Film, ...]:
     """The catalogue's films of a genre and decade."""
-    return [f for f in listed() if f.cell == cell]
+    return tuple(f for f in listed() if f.cell == cell)
+
+
+@cache
+def beside(cell: Cell, same_decade: bool = False) -> tuple[Film, ...]:
+    """All others of the catalogue, or those of the same decade."""
+    return tuple(f for f in listed() if f.cell != cell and (f.decade == cell[1] or not same_decade))
 
 
 def catalog() -> frozenset[tuple[str, int]]:
@@ -93,11 +100,10 @@ def problem(random: Random) -> Task:
     cell = random.choice(GENRES), random.choice(DECADES)
     kind = random.choice((STATED, IMPLIED, CORRECTED))
     inside = random.sample(of(cell), 2)
-    others = [f for f in listed() if f.cell != cell]
     if kind == CORRECTED:  # the named film shares the decade, the correction names the genre
-        liked = random.choice([f for f in others if f.decade == cell[1]])
-        return task_of(kind, cell, (liked, inside[0]))
-    return task_of(kind, cell, (inside[0], random.choice(others)) if kind == STATED else (*inside, random.choice(others)))
+        return task_of(kind, cell, (random.choice(beside(cell, same_decade=True)), inside[0]))
+    other = random.choice(beside(cell))
+    return task_of(kind, cell, (inside[0], other) if kind == STATED else (*inside, other))
 
 
 def task_of(kind: int, cell: Cell, named: tuple[Film, ...]) -> Task:
