@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -230,7 +231,7 @@ def worst(steps: int, solver: DPMSolver2M | None) -> float:
     S = (3 * t / (1 + 2 * t)).tolist()
     x0 = torch.linspace(-2, 2, 41, dtype=torch.float64)[:, None]
     x, history = x0.clone(), []
-    for a, b in zip(S, S[1:]):
+    for a, b in pairwise(S):
         v = velocity(x, a)
         history = [*history[-1:], (a, x - a * v)]
         x = x + (b - a) * v if solver is None else solver(x, history, b)
