@@ -10,6 +10,7 @@ import warnings
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path as FilePath
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from gruppo.core.collate import blocks
 from gruppo.policies import prefix
+from gruppo.policies.load import restore, save
 from gruppo.types import Batch, GruppoError, Path, Reference, Scope, Steps
 
 
@@ -437,6 +439,14 @@ class TokenPolicy:
 
     def parameters(self) -> Iterable[torch.nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    def save(self, folder: FilePath, *, merge: bool = False) -> None:
+        """A plain transformers folder, or peft's adapter folder."""
+        save(self.model, self.tokenizer, folder, merge=merge)
+
+    def restore(self, folder: FilePath) -> None:
+        """The weights of a folder that `save` wrote."""
+        restore(self.model, folder)
 
     def _recompute(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         # a checkpointed layer runs again in backward, when the forward's choice of attention is long undone
