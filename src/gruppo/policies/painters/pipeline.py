@@ -10,7 +10,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class PipelinePainter(ABC):
         self.shape, self.tokens = self.latent(self.height // self.factor, self.width // self.factor)
 
     @classmethod
-    def load(cls, source: Any, asked: Asked) -> Self:
+    def load(cls, source: Any, asked: Asked) -> PipelinePainter:
         """From a folder, a hub id or a pipeline object."""
         return cls(opened(source, cls.pipelines, asked), asked)
 
@@ -156,12 +156,15 @@ class PipelinePainter(ABC):
 
         own = self.model.peft_config["default"]
         own.base_model_name_or_path = own.base_model_name_or_path or getattr(self.pipeline, "name_or_path", None)
-        weights = {k.removeprefix("base_model.model."): v for k, v in get_peft_model_state_dict(self.model).items()}
+        weights = {
+            k.removeprefix("base_model.model."): v
+            for k, v in get_peft_model_state_dict(self.model, save_embedding_layers=False).items()
+        }
         # without the adapter's config beside the weights diffusers would scale them by 1 instead of alpha / rank
         config = _plain(own.to_dict())
         layers, told = f"{self.network}_lora_layers", f"{self.network}_lora_adapter_metadata"
         self.pipeline.save_lora_weights(str(folder), **{layers: weights, told: config})
-        self.model.save_pretrained(str(folder))
+        self.model.save_pretrained(str(folder), save_embedding_layers=False)  # these networks have none
 
     def restore(self, folder: Path) -> None:
         """The weights, or the adapter, that `save` wrote, into this painter."""
