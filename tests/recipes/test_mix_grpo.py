@@ -1,0 +1,97 @@
+"""MixGRPO and Flash: what is noisy, what is trained, and what it costs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gruppo.policies.kernels import CPS
+from gruppo.recipe import Recipe
+from gruppo.recipes.golden_flow import FlowDraw, flow_grading, tiny_flow
+from gruppo.recipes.mix_grpo import mix_grpo, mix_grpo_flash
+from gruppo.rollouts.trajectories import Trajectories
+from gruppo.rollouts.window import LinearDecay, RandomWindow, Window
+from gruppo.train import iterate
+
+
+def spent(made: Recipe, steps: int, prompts: int = 2) -> dict[str, int]:
+    """What one iteration computes."""
+    policy = tiny_flow(steps=steps)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
+    iterate(policy, FlowDraw(0, 0, [0]).more(prompts), flow_grading(), made, optimizer, torch.Generator().manual_seed(0))
+    return dict(policy.counts)
+
+
+def test_four_of_25_steps_are_trained() -> None:
+    found = spent(mix_grpo(n=12, shared_noise=False), 25)
+    assert found["sampled"] == 2 * 12 * 25
+    assert found["trained"] == found["forwards"] == 2 * 12 * 4
+
+
+def test_flash_needs_11_calls_instead_of_25() -> None:
+    found = spent(mix_grpo_flash(n=12, shared_noise=False), 25)
+    assert found["sampled"] == 2 * 12 * 11
+    assert found["trained"] == 2 * 12 * 4
+    assert spent(mix_grpo_flash(n=12, ratio=0.2, stride=0), 25)["sampled"] == 2 * 12 * 7
+
+
+def test_one_noise_per_prompt_saves_training_calls() -> None:
+    """The first step of the first window is the same latent in every path of a prompt, in each of four updates."""
+    found = spent(mix_grpo(n=12), 25)
+    assert found["trained"] == 2 * 12 * 4
+    assert found["forwards"] == 2 * 12 * 3 + 2 * 4
+
+
+def test_steps_outside_the_window_follow_the_ode() -> None:
+    made = mix_grpo(n=4, window=2, tau=1)
+    policy = tiny_flow()
+    rng = torch.Generator().manual_seed(0)
+    for start in (0, 1, 2, 3, 4, 4):
+        groups = made.rollout(policy, FlowDraw(0, 0, [0]).more(2), flow_grading(), rng)
+        for path in (p for g in groups for p in g.paths):
+            assert path.mask.nonzero()[:, 0].tolist() == [start, start + 1]
+            assert torch.equal(path.mask, path.prompt.stochastic)
+            S = path.prompt.sigmas.float()
+            for t in (~path.mask).nonzero()[:, 0].tolist():
+                v = policy.velocity(path.steps[t][None], S[t : t + 1], [path.prompt.prompt], counted="sampled")
+                torch.testing.assert_close(path.steps[t + 1], (path.steps[t] + (S[t + 1] - S[t]) * v[0]).detach())
+        for memory in made.state:
+            memory.update(groups)
+
+
+def test_the_window_moves_with_the_iterations_of_a_run() -> None:
+    made = mix_grpo(n=4, window=2, tau=2, updates=1)
+    policy = tiny_flow()
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
+    seen = []
+    for _ in range(5):
+        done = iterate(policy, FlowDraw(0, 0, [0]).more(2), flow_grading(), made, optimizer, torch.Generator().manual_seed(0))
+        seen.append(int(done.groups[0].paths[0].mask.nonzero()[0]))
+    assert seen == [0, 0, 1, 1, 2]
+
+
+def test_two_recipes_do_not_share_a_window() -> None:
+    one, other = mix_grpo(tau=1), mix_grpo(tau=1)
+    assert isinstance(one.state[0], Window)
+    one.rollout.noisy(10, torch.Generator())  # type: ignore[attr-defined]
+    one.state[0].update([])
+    assert other.rollout.noisy(10, torch.Generator())[0] == 0  # type: ignore[attr-defined]
+    assert one.rollout.noisy(10, torch.Generator())[0] == 1  # type: ignore[attr-defined]
+
+
+def test_variants() -> None:
+    drawn = mix_grpo(random=True)
+    assert isinstance(drawn.rollout, Trajectories)
+    assert isinstance(drawn.rollout.noisy, RandomWindow)
+    assert drawn.state == ()
+    slower = mix_grpo(hold=LinearDecay(10, 1), cps=True).rollout
+    assert isinstance(slower, Trajectories)
+    assert isinstance(slower.noisy, Window)
+    assert slower.noisy.hold == LinearDecay(10, 1)
+    assert isinstance(slower.kernel, CPS)
+
+
+@pytest.mark.parametrize(("ratio", "faster"), [(0.4, 2.016), (0.2, 3.049)])
+def test_speed_up_of_the_paper(ratio: float, faster: float) -> None:
+    T, w = 25, 4
+    assert T / (w + (T - w) * ratio) == pytest.approx(faster, abs=1e-3)
