@@ -181,7 +181,7 @@ MEASURED = Rates()
 class Cost:
     """The cost of a forward and backward of one model, in operations of its forward."""
 
-    weights: float  # that every token passes through
+    weights: int  # that every token passes through
     width: int  # heads x head size
     layers: int
     special: int  # layers whose attention has a window or a cap: form `two` only
@@ -243,9 +243,9 @@ class Cost:
             calls += plain
         return 2 * self.weights * layout.total + self._attention(pairs, calls, touched)
 
-    def _attention(self, pairs: float, calls: int, touched: int) -> float:
+    def _attention(self, pairs: float | int, calls: int, touched: int) -> float:
         rates = self.rates
-        return 4 * self.width * pairs * rates.pair + calls * rates.call + touched * self.width * rates.touch
+        return 4 * self.width * float(pairs) * rates.pair + calls * rates.call + touched * self.width * rates.touch
 
 
 @dataclass(frozen=True)
@@ -498,11 +498,8 @@ def block_mask(layout: Layout, device: torch.device) -> Any:
 
     if (known := layout._blocks.get(("flex", device))) is None:
         last = torch.from_numpy(layout.last).to(device)
-
-        def keep(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-            return (k <= q) & (q < last[k])
-
-        known = create_block_mask(keep, None, None, layout.total, layout.total, device=device)
+        size = layout.total
+        known = create_block_mask(lambda b, h, q, k: (k <= q) & (q < last[k]), None, None, size, size, device=device)
         layout._blocks["flex", device] = known
     return known
 
