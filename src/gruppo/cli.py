@@ -311,14 +311,17 @@ def compare(
       gruppo compare grpo dapo rloo --world arithmetic --seeds 5
 
       gruppo compare grpo gspo fit.steps=40 gspo:fit.learning_rate=1e-5
+
+      gruppo compare dapo wide=dapo wide:recipe_args.high=0.5
     """
-    from gruppo.runs.compare import PAGE, own_settings
+    from gruppo.runs.compare import PAGE, named, own_settings
     from gruppo.runs.compare import compare as run
     from gruppo.runs.config import overrides
 
-    common, alone = own_settings([w for w in words if "=" in w])
+    recipes, settings = named(words)
+    common, alone = own_settings(settings)
     found = run(
-        [w for w in words if "=" not in w],
+        recipes,
         world=world,
         model=model,
         data=data,

@@ -14,7 +14,7 @@ from tests.rollouts.scripted import Scripted
 from tests.runs.small import files, silent, timeless
 
 from gruppo.rollouts.conversation import Talk, WithTools
-from gruppo.runs.compare import Plan, Watch, compare, differences, judge, own_settings, plan, write
+from gruppo.runs.compare import Plan, Watch, compare, differences, judge, named, own_settings, plan, write
 from gruppo.runs.folder import RunFolder
 from gruppo.runs.session import Interrupted
 from gruppo.tools import tool
@@ -153,11 +153,60 @@ def test_what_a_recipe_has_in_front_is_its_own() -> None:
         (["grpo", "rloo"], {"settings": {"eval": {"tasks": 0}}}, "eval.tasks is 0"),
         (["grpo", "rloo"], {"name": "a/b"}, "'a/b' would make a strange folder"),
         (["grpo", "rlo"], {}, "did you mean 'rloo'"),
+        (["grpo", "other=rlo"], {}, "did you mean 'rloo'"),
+        (["x=grpo"], {}, "1 recipe is named"),
+        (["x=grpo", "x=rloo"], {}, "x is named twice"),
+        (["grpo", "dapo=grpo"], {}, "dapo is the name of a recipe, so it cannot be the label of grpo"),
+        (["grpo", "a/b=dapo"], {}, "the label 'a/b' becomes a folder's name"),
+        (["grpo", "=dapo"], {}, "the label '' becomes"),
+        (["grpo", "x=grpo"], {}, "grpo and x are the same recipe with the same numbers"),
+        (["grpo", "x=grpo"], {"own": {"x": {"recipe_args": {"high": 0.2}}}}, "grpo and x are the same recipe"),  # its default
+        (
+            ["x=grpo", "rloo"],
+            {"own": {"grpo": {"fit": {"epochs": 2}}}},
+            "settings for grpo, which is not compared; compared are: x",
+        ),
+        (["grpo", "x=grpo"], {"own": {"x": {"fit": {"steps": 51}}}}, "steps is 50 for grpo and 51 for x"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(words: list[str], changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(GruppoError, match=re.escape(sentence)):
         plan(words, **changes)
+
+
+def test_words_are_recipes_labels_or_settings() -> None:
+    words = ["grpo", "x=dapo", "fit.steps=3", "x:recipe_args.high=0.5", "world=search", "x=a.b", "model=dapo"]
+    recipes, settings = named(words)
+    assert recipes == ["grpo", "x=dapo", "x=a.b"]
+    assert settings == ["fit.steps=3", "x:recipe_args.high=0.5", "world=search", "model=dapo"]
+
+
+def test_one_recipe_with_two_numbers_is_two_lines(tmp_path: Path) -> None:
+    made = plan(
+        ["grpo", "loose=2402.03300", "other=rloo"],
+        seeds=2,
+        own={"loose": {"recipe_args": {"beta": 0.5}}},
+        folder=tmp_path,
+        name="mine",
+    )
+    assert made.runs == [(n, s) for s in (0, 1) for n in ("grpo", "loose", "other")]
+    assert made.described["recipes"] == ["grpo", "loose=grpo", "other=rloo"]
+    one, two = (made.run(n, 1) for n in ("grpo", "loose"))
+    assert (one.recipe, two.recipe) == ("grpo", "grpo")
+    assert (one.name, two.name) == ("grpo-seed1", "loose-seed1")
+    assert {d[0] for d in differences(one.model_dump(mode="json"), two.model_dump(mode="json"))} == {"name", "recipe_args.beta"}
+    for n, score in (("grpo", 0.1), ("loose", 0.3), ("other", 0.2)):
+        for seed in (0, 1):
+            run_folder(tmp_path / "mine" / f"{n}-seed{seed}", score + seed / 10)
+    found = judge(made)
+    assert [(x.recipe, x.nickname) for x in found.lines] == [("grpo", "grpo"), ("loose", "grpo"), ("other", "rloo")]
+    assert [r["recipe"] for r in found.table()] == ["grpo", "loose", "other"]
+    assert found.table()[1]["greedy accuracy % - grpo"] == "+20.0 ± 0.0"
+    assert "loose is grpo with recipe_args.beta=0.5." in found.notes()
+    assert "other is rloo." in found.notes()
+    page = write(found).read_text()
+    assert "<b>loose</b> (grpo, 2402.03300)" in page
+    assert "<b>grpo</b> (2402.03300)" in page
 
 
 def test_runs_differ_in_recipe_and_seed_and_nothing_else() -> None:

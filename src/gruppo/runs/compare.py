@@ -4,7 +4,9 @@ Equal for all: the task stream of a seed, the most tokens and the paths that may
 held-out tasks and the generator that samples on them. What a recipe decides itself, as a refill of dynamic sampling does, cannot
 be made equal, so it is measured: every row and every token that the sampler was asked for, thrown away or not.
 
-runs/<name>/  compare.yaml  compare.json  curves.png  compare.html  <recipe>-seed0/ ...
+One recipe may stand there several times with other numbers, each time under a label: `strata=stratified-grpo`.
+
+runs/<name>/  compare.yaml  compare.json  curves.png  compare.html  <label>-seed0/ ...
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ from typing import Any
 import yaml
 
 from gruppo.claims.claim import half_width, mean
-from gruppo.recipes import find
+from gruppo.recipes import RECIPES, find
 from gruppo.runs.config import RunConfig, assemble, merge, parse, read, validate
 from gruppo.runs.folder import RunFolder, disk
 from gruppo.runs.report import versions, write_report
 from gruppo.runs.session import Given, Interrupted, Session, absolute, absolute_reward, recipe_of
-from gruppo.runs.show import duration, is_share, label
+from gruppo.runs.show import duration, is_share, label, settings_rows
 from gruppo.types import GruppoError
 
 TEMPLATE = Path(__file__).with_name("compare.html.j2")
@@ -37,6 +39,8 @@ SAMPLED = "sampled.jsonl"  # in a run's folder: what the sampler was asked for, 
 EVALUATIONS = 5  # of a run after its beginning, unless eval.every says otherwise: a curve needs points
 COLOURS = ("#0072b2", "#c8500a", "#00805c", "#8e4b9e", "#6b5d00", "#5a6570")
 DASHES = ("-", "--", "-.", ":")
+
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 Say = Callable[[str], None]
 
@@ -99,24 +103,24 @@ def check_budgets(configs: Mapping[str, RunConfig]) -> Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """A comparison before it runs: one description per recipe, equal but for the recipe and its own numbers."""
+    """A comparison before it runs: one description per label, equal but for the recipe and its own numbers."""
 
     folder: Path
-    configs: dict[str, RunConfig]  # by nickname, with the first seed
+    configs: dict[str, RunConfig]  # by label, which is the recipe's nickname unless another was given; with the first seed
     seeds: tuple[int, ...]
     budget: Budget
     described: dict[str, Any]  # what compare.yaml holds
 
-    def run(self, nickname: str, seed: int) -> RunConfig:
+    def run(self, called: str, seed: int) -> RunConfig:
         """One run's description."""
-        config = self.configs[nickname]
+        config = self.configs[called]
         fit = config.fit.model_copy(update={"seed": seed})
-        return config.model_copy(update={"fit": fit, "name": f"{nickname}-seed{seed}", "folder": str(self.folder)})
+        return config.model_copy(update={"fit": fit, "name": f"{called}-seed{seed}", "folder": str(self.folder)})
 
     @property
     def runs(self) -> list[tuple[str, int]]:
         """Seed by seed, so that a comparison that was stopped holds every recipe equally often."""
-        return [(nickname, seed) for seed in self.seeds for nickname in self.configs]
+        return [(called, seed) for seed in self.seeds for called in self.configs]
 
 
 def plan(
@@ -128,40 +132,85 @@ def plan(
     name: str | None = None,
     folder: str | Path = "runs",
 ) -> Plan:
-    """`settings` for all of them and `own` for one recipe, checked before anything is made."""
-    nicknames = [find(r).nickname for r in recipes]
-    twice = next((n for n in nicknames if nicknames.count(n) > 1), None)
-    if twice or len(nicknames) < 2:
-        said = f"{twice} is named twice" if twice else f"{len(nicknames)} recipe is named" if nicknames else "no recipe is named"
-        raise GruppoError(f"{said}; a comparison needs at least two different ones, for example `gruppo compare grpo dapo`")
+    """`settings` for all of them and `own` for one label, checked before anything is made.
+
+    A recipe is named by its id or as `label=id`.
+    """
+    labels = labelled(recipes)
     if seeds < 1:
         raise GruppoError(f"seeds is {seeds}; a comparison trains every recipe at least once, and an interval needs 2 seeds")
     for key in ("recipe", "stages", "name", "folder"):
         if settings.get(key):
             raise GruppoError(f"{key!r} cannot be set for a comparison, which runs each of its recipes in a folder of its own")
-    alone = {find(n).nickname: dict(changes) for n, changes in own.items()}
-    for nickname, changes in alone.items():
-        if nickname not in nicknames:
-            raise GruppoError(f"there are settings for {nickname}, which is not compared; compared are: {', '.join(nicknames)}")
+    alone = {n if n in labels else find(n).nickname: dict(changes) for n, changes in own.items()}
+    for called, changes in alone.items():
+        if called not in labels:
+            raise GruppoError(f"there are settings for {called}, which is not compared; compared are: {', '.join(labels)}")
         shared = [k for k in changes if k not in ("recipe_args", "fit")] or ["fit.seed"] * ("seed" in changes.get("fit", {}))
         if shared:
             raise GruppoError(
-                f"{shared[0]} is set for {nickname} alone, but it is the same for all recipes of a comparison; only recipe_args "
+                f"{shared[0]} is set for {called} alone, but it is the same for all recipes of a comparison; only recipe_args "
                 "and fit may differ"
             )
     given = placed(settings)
-    configs = {n: with_evaluations(assemble(suited(given, n, nicknames), alone.get(n, {}), {"recipe": n})) for n in nicknames}
+    configs = {
+        called: with_evaluations(assemble(suited(given, nickname, labels.values()), alone.get(called, {}), {"recipe": nickname}))
+        for called, nickname in labels.items()
+    }
+    check_different(configs)
     granted = check_budgets(configs)
-    first = configs[nicknames[0]]
+    first = next(iter(configs.values()))
     if not first.eval.tasks:
         raise GruppoError("eval.tasks is 0, so nothing would be held out and the recipes could not be compared")
     about = first.world or Path(first.data or "data").stem
-    called = name or "-".join(("compare", *nicknames, "".join(c if c.isalnum() or c in "._-" else "-" for c in about)))
-    validate({**first.model_dump(mode="json"), "name": called}, "the comparison")
+    title = name or "-".join(("compare", *labels, "".join(c if c.isalnum() or c in "._-" else "-" for c in about)))
+    validate({**first.model_dump(mode="json"), "name": title}, "the comparison")
     begin = first.fit.seed
-    described = {"recipes": nicknames, "seeds": list(range(begin, begin + seeds)), "settings": dict(given), "own": alone}
+    words = [called if called == nickname else f"{called}={nickname}" for called, nickname in labels.items()]
+    described = {"recipes": words, "seeds": list(range(begin, begin + seeds)), "settings": dict(given), "own": alone}
     described["library"] = versions({})["gruppo"]
-    return Plan(Path(folder).expanduser() / called, configs, tuple(described["seeds"]), granted, plain(described))
+    return Plan(Path(folder).expanduser() / title, configs, tuple(described["seeds"]), granted, plain(described))
+
+
+def labelled(recipes: Sequence[str]) -> dict[str, str]:
+    """Nicknames by label; a recipe without `label=` in front is called by its nickname."""
+    found: dict[str, str] = {}
+    for word in recipes:
+        called, given, name = word.rpartition("=")
+        nickname = find(name).nickname
+        called = called if given else nickname
+        if not LABEL.fullmatch(called):
+            raise GruppoError(f"the label {called!r} becomes a folder's name; it needs letters, digits, '.', '_' or '-' only")
+        if called != nickname and any(called in (e.nickname, e.arxiv, *e.aliases) for e in RECIPES.values()):
+            raise GruppoError(f"{called} is the name of a recipe, so it cannot be the label of {nickname}; choose another")
+        if called in found:
+            raise GruppoError(
+                f"{called} is named twice; give one of them a label and numbers of its own, for example "
+                f"`gruppo compare {nickname} other={nickname} other:recipe_args.NUMBER=VALUE`"
+            )
+        found[called] = nickname
+    if len(found) < 2:
+        said = f"{len(found)} recipe is named" if found else "no recipe is named"
+        raise GruppoError(f"{said}; a comparison needs at least two different ones, for example `gruppo compare grpo dapo`")
+    return found
+
+
+def check_different(configs: Mapping[str, RunConfig]) -> None:
+    """A sentence when two labels describe the same runs."""
+    known: dict[str, str] = {}
+    for called, config in configs.items():
+        # A number that is written out but is the default changes nothing.
+        numbers = {
+            **{k: str(v) for k, v in find(config.recipe).numbers.items()},
+            **{k: str(v) for k, v in config.recipe_args.items()},
+        }
+        same = json.dumps([config.recipe, numbers, config.fit.model_dump(mode="json")], sort_keys=True, default=str)
+        if same in known:
+            raise GruppoError(
+                f"{known[same]} and {called} are the same recipe with the same numbers, so their runs would be the same; set "
+                f"one of its numbers for one of them, for example {called}:recipe_args.NUMBER=VALUE"
+            )
+        known[same] = called
 
 
 def placed(settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -263,14 +312,14 @@ def execute(made: Plan, say: Say) -> None:
         raise GruppoError(f"{made.folder} exists and is no comparison (it has no {DESCRIPTION}); choose another --name")
     if fresh:
         try:
-            for nickname in made.configs:  # what can be known to fail fails for all recipes before any of them trains
-                begin(as_the_first(made, made.run(nickname, made.seeds[0])), quiet)
+            for called in made.configs:  # what can be known to fail fails for all recipes before any of them trains
+                begin(as_the_first(made, made.run(called, made.seeds[0])), quiet)
             RunFolder(made.folder).write(DESCRIPTION, yaml.safe_dump(made.described, sort_keys=False, allow_unicode=True))
         except BaseException:
             shutil.rmtree(made.folder, ignore_errors=True)  # nothing was trained in it
             raise
-    for n, (nickname, seed) in enumerate(made.runs, start=1):
-        config = as_the_first(made, made.run(nickname, seed))
+    for n, (called, seed) in enumerate(made.runs, start=1):
+        config = as_the_first(made, made.run(called, seed))
         path = Path(config.folder) / str(config.name)
         if finished(path, config):
             if config.track.report and not (path / "report.html").exists():
@@ -384,8 +433,10 @@ class Outcome:
 class Line:
     """One recipe of the table. Differences are paired by seed: the same prompts in the same order, the same evaluation."""
 
-    recipe: str
+    recipe: str  # its label in this comparison
+    nickname: str
     arxiv: str
+    own: dict[str, Any]  # settings of this line alone
     scores: dict[str, Estimate | None]  # None: in some run every grade abstained
     differences: dict[str, Estimate | None]  # to the first recipe; empty for itself
     rows: float | None  # mean over seeds
@@ -440,11 +491,11 @@ class Comparison:
 
     def notes(self) -> list[str]:
         """What the table's reader has to know."""
-        own, first = self.budget, self.lines[0].recipe
+        budget, first = self.budget, self.lines[0].recipe
         out = [
-            f"Every run: {own.steps} steps of {own.prompts_per_step} prompts x {own.paths_per_prompt} paths of at most "
-            f"{own.max_new_tokens} tokens, so {own.paths:,} paths and at most {own.tokens:,} tokens; judged on the same "
-            f"{own.held_out_tasks} held-out problems, {own.held_out_samples} samples each.",
+            f"Every run: {budget.steps} steps of {budget.prompts_per_step} prompts x {budget.paths_per_prompt} paths of at most "
+            f"{budget.max_new_tokens} tokens, so {budget.paths:,} paths and at most {budget.tokens:,} tokens; judged on the same "
+            f"{budget.held_out_tasks} held-out problems, {budget.held_out_samples} samples each.",
         ]
         if len(self.seeds) > 1:
             out.append(
@@ -454,6 +505,10 @@ class Comparison:
         else:
             out.append("One seed, so there are no intervals: a difference between two recipes may be chance.")
         out.append("Paths and tokens: what a run asked of its sampler while training, also what it threw away; mean per run.")
+        for line in self.lines:
+            own = ", ".join(f"{k}={v}" for k, v in settings_rows(line.own))
+            if line.recipe != line.nickname or own:
+                out.append(f"{line.recipe} is {line.nickname}" + (f" with {own}." if own else "."))
         marked = [line for line in self.lines if line.marked]
         allowed = f"more than the tolerated {100 * self.tolerance:g} % away from" if self.tolerance else "other than"
         if any(line.tokens_ratio is None for line in marked):
@@ -473,7 +528,8 @@ def judge(made: Plan, tolerance: float = 0.0) -> Comparison:
         raise GruppoError(f"the runs in {made.folder} share no held-out score, so there is nothing to compare")
     first = next(iter(runs.values()))
     lines = []
-    for nickname, outcomes in runs.items():
+    for called, outcomes in runs.items():
+        entry = find(made.configs[called].recipe)
         scores = {name: estimate([o.scores[name] for o in outcomes]) for name in names}
         apart = {name: estimate([minus(o.scores[name], f.scores[name]) for o, f in zip(outcomes, first)]) for name in names}
         rows, tokens = (average([getattr(o, key) for o in outcomes]) for key in ("rows", "tokens"))
@@ -481,8 +537,10 @@ def judge(made: Plan, tolerance: float = 0.0) -> Comparison:
         more_tokens = ratio(tokens, average([o.tokens for o in first]))
         lines.append(
             Line(
-                nickname,
-                find(nickname).arxiv,
+                called,
+                entry.nickname,
+                entry.arxiv,
+                dict(made.described["own"].get(called, {})),
                 scores,
                 {} if outcomes is first else apart,
                 rows,
@@ -612,7 +670,7 @@ def write(found: Comparison) -> Path:
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         name=found.folder.resolve().name,
-        recipes=[(find(line.recipe), line) for line in found.lines],
+        recipes=[(find(line.nickname), line) for line in found.lines],
         seeds=found.seeds,
         table=found.table(),
         notes=found.notes(),
@@ -649,8 +707,8 @@ def compare(
 ) -> Comparison:
     """Train every recipe once per seed under the same conditions, one run after the other, and compare them.
 
-    `settings` are sections of a run file for all runs (`{"fit": {"steps": 40}}`), `own` those of one recipe. The same call again
-    goes on where the last one was stopped.
+    `settings` are sections of a run file for all runs (`{"fit": {"steps": 40}}`), `own` those of one recipe. A recipe may be
+    named `label=recipe`, and then several times. The same call again goes on where the last one was stopped.
     """
     if not tolerance >= 0:
         raise GruppoError(f"tolerance is {tolerance}; it is a share of the first recipe's tokens, for example 0.05")
@@ -663,8 +721,19 @@ def compare(
     return found
 
 
+def named(words: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Recipes, also as `label=recipe`, and settings: a setting's key has a dot or a colon, or is a key of the run file."""
+    recipes: list[str] = []
+    settings: list[str] = []
+    for word in words:
+        key, equals, _ = word.partition("=")
+        setting = equals and (set(key) & set(".:") or key in RunConfig.model_fields)
+        (settings if setting else recipes).append(word)
+    return recipes, settings
+
+
 def own_settings(words: Iterable[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """Settings for all, and those of `recipe:section.key=value` by recipe."""
+    """Settings for all, and those of `recipe:section.key=value` by recipe or label."""
     common: list[str] = []
     alone: dict[str, list[str]] = {}
     for word in words:
