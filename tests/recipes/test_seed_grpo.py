@@ -28,9 +28,8 @@ from gruppo.clusters import (
     numeric,
     tagged,
 )
-from gruppo.core.advantage import centred, spread
 from gruppo.core.likelihood import mean_logp, sum_logp
-from gruppo.recipe import difference
+from gruppo.recipe import Recipe, difference
 from gruppo.recipes import recipe
 from gruppo.recipes.dr_grpo import dr_grpo, without_scale
 from gruppo.recipes.grpo import GroupNorm, grpo
@@ -52,7 +51,12 @@ def group(texts, reward=None, logps=None) -> Group:
 
 
 def seed(alpha: float = 0.0417, **pieces) -> Seed:
-    return Seed(without_scale, alpha, **pieces)
+    return Seed(alpha, **pieces)
+
+
+def compared(made: Recipe, *groups: Group) -> list[Group]:
+    """Advantage and batch-level step of graded groups."""
+    return made.across([g.with_(advantage=made.advantage(g)) for g in groups])
 
 
 def entropy_of(texts) -> float:
@@ -78,7 +82,8 @@ def test_factor_of_eight_answers(alpha: float, factor: float) -> None:
 
 
 def test_advantages_of_eight_answers() -> None:
-    a = seed_grpo().advantage(group(EIGHT))
+    [g] = compared(seed_grpo(), group(EIGHT))
+    a = g.advantage
     assert a.shape == (8, 2)
     assert a[:, 0].tolist() == pytest.approx([0.367097] * 5 + [-0.611828] * 3, abs=1e-6)
     assert torch.equal(a[:, 0], a[:, 1])
@@ -156,11 +161,11 @@ def test_paths_without_an_answer_agree_with_nobody() -> None:
 def test_a_group_of_one_and_a_group_of_one_mind_are_left_alone() -> None:
     assert seed(4.0).factor(group(["3"])) == 1.0
     assert seed(4.0).factor(group([None])) == 1.0
-    assert torch.equal(seed_grpo().advantage(group(["3"])), torch.zeros(1, 2))
+    assert torch.equal(compared(seed_grpo(), group(["3"]))[0].advantage, torch.zeros(1, 2))
 
 
 def test_equal_rewards_stay_zero() -> None:
-    assert not seed_grpo().advantage(group(EIGHT, [1.0] * 8)).any()
+    assert not compared(seed_grpo(), group(EIGHT, [1.0] * 8))[0].advantage.any()
 
 
 def test_an_abstained_path_counts_in_neither_entropy_nor_size() -> None:
@@ -169,12 +174,34 @@ def test_an_abstained_path_counts_in_neither_entropy_nor_size() -> None:
     assert seed(1.0).factor(with_) == pytest.approx(seed(1.0).factor(without))
 
 
-def test_the_factor_goes_around_any_advantage() -> None:
-    g = group(EIGHT)
+def test_the_factor_goes_on_any_advantage_and_after_a_scale_of_the_batch() -> None:
+    unsure, sure = group(EIGHT), group(["3"] * 7 + ["3 "], [1.0] * 7 + [0.0])
     inner = GroupNorm(ddof=1, eps=1e-6)
-    assert torch.allclose(Seed(inner, 1.0)(g), 0.659515 * inner(g), atol=1e-6)
-    sign = replace(grpo(), advantage=Seed(lambda g: spread(centred(g.reward).sign(), g), 1.0))
-    assert sign.advantage(g)[0, 0] == pytest.approx(0.659515, abs=1e-6)
+    found = compared(replace(grpo(eps=1e-6), across=Seed(1.0)), unsure, sure)
+    assert torch.allclose(found[0].advantage, 0.659515 * inner(unsure), atol=1e-6)
+    assert torch.equal(found[1].advantage, inner(sure))
+
+    def halved(groups: list[Group]) -> list[Group]:
+        most = max(float(g.advantage.abs().max()) for g in groups)
+        return [g.with_(advantage=g.advantage / most) for g in groups]
+
+    # one scale for the batch first, then the factor: the other order would give the unsure group its full size back
+    found = compared(replace(grpo(eps=1e-6), across=Seed(1.0, after=halved)), unsure)
+    assert float(found[0].advantage.abs().max()) == pytest.approx(0.659515, abs=1e-6)
+
+
+def test_the_factor_is_told_as_a_signal_of_its_group() -> None:
+    told = compared(seed_grpo(alpha=1.0), group(EIGHT), group(["3"] * 8))
+    assert told[0].signals["seed_factor"].tolist() == pytest.approx([0.659515] * 8, abs=1e-6)
+    assert told[1].signals["seed_factor"].tolist() == [1.0] * 8
+    assert "seed_factor" not in group(EIGHT).signals
+
+
+def test_a_path_with_one_of_two_reward_columns_is_heard() -> None:
+    nan = math.nan
+    both = group(["3", "5", "9", "3"], [1.0, 0.0, 1.0, 1.0])
+    two = both.with_(reward=torch.tensor([[1.0, nan], [0.0, 1.0], [nan, nan], [nan, 0.0]]))
+    assert seed(1.0).factor(two) == pytest.approx(seed(1.0).factor(group(["3", "5", "3"], [1.0, 0.0, 1.0])))
 
 
 @pytest.mark.parametrize("alpha", [-0.1, math.nan])
@@ -185,8 +212,9 @@ def test_alpha_below_zero_is_refused(alpha: float) -> None:
 
 def test_preset() -> None:
     made = seed_grpo()
-    assert made.advantage == Seed(without_scale, 0.0417, reciprocal, shannon, tagged, exact)
-    assert set(difference(made, dr_grpo())) == {"advantage"}
+    assert made.advantage is without_scale
+    assert made.across == Seed(0.0417, reciprocal, shannon, tagged, exact)
+    assert set(difference(made, dr_grpo())) == {"across"}
 
 
 # ---- answers
@@ -407,6 +435,8 @@ def test_it_trains_from_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert [r["updates"] for r in records] == [1, 1, 1]
     assert max(r["live"] for r in records) > 0
     assert all(r["ratio"] == pytest.approx(1, abs=1e-3) for r in records)
+    assert all(0 <= r["signals"]["seed_factor"] <= 1 for r in records)
+    assert min(r["signals"]["seed_factor"] for r in records) < 1
 
 
 def test_the_published_effect_on_noise_is_the_claim() -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
+from pathlib import Path as File
 
 import pytest
 import torch
 from tests.recipes.trained import trained
+from tests.runs.small import session
 
 from gruppo.claims.unlikeliness import claim, fresh, measured
 from gruppo.claims.unlikeliness import train as train_claim
@@ -154,6 +156,31 @@ def test_missing_correctness_is_a_sentence() -> None:
 def test_beta_rank_is_a_share(beta_rank: float) -> None:
     with pytest.raises(GruppoError, match="share of a right answer's reward"):
         unlikeliness(beta_rank=beta_rank)
+
+
+def test_a_weight_that_leaves_correctness_out_is_refused() -> None:
+    with pytest.raises(GruppoError, match="its weight in the reward is 0; weigh 'correct' in the run"):
+        unlikeliness(weight=0.0)
+
+
+GRADES = """
+class Both:
+    signals = ("correct", "format")
+
+    def __call__(self, groups):
+        return [{"correct": [float(i % 2) for i in range(len(g))], "format": [1.0] * len(g)} for g in groups]
+"""
+
+
+def test_the_weight_of_correctness_is_the_runs_own_stage_by_stage(tmp_path: File) -> None:
+    (tmp_path / "grades.py").write_text(GRADES)
+    given = {"recipe": "unlikeliness", "rewards": [f"{tmp_path / 'grades.py'}:Both"], "recipe_args": {"beta": 0.0}}
+    fit = {"steps": 1, "paths_per_prompt": 4}
+    stages = [{"fit": fit}, {"fit": fit, "weights": {"correct": 3.0}}, {"fit": fit, "recipe_args": {"weight": 0.5}}]
+    run = session(tmp_path, **given, weights={"correct": 2.0, "format": 0.5}, stages=stages)
+    assert [stage.recipe.reward.weight for stage in run.stages] == [2.0, 3.0, 0.5]
+    with pytest.raises(GruppoError, match="its weight in the reward is 0"):
+        session(tmp_path, **given, weights={"format": 1.0})
 
 
 def test_a_group_of_one() -> None:

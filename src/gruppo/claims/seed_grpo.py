@@ -13,7 +13,6 @@ from torch import Tensor
 
 from gruppo.claims.claim import Claim
 from gruppo.core.advantage import centred
-from gruppo.recipes.dr_grpo import without_scale
 from gruppo.recipes.seed_grpo import Seed
 
 CLEAN, NOISE, ARMS, HEAD_START = 4, 4, 8, 2.0
@@ -29,7 +28,7 @@ def fresh() -> Tensor:
 def train(alpha: float, seed: int, *, steps: int = 200, n: int = 16, rate: float = 0.3) -> Tensor:
     """The logits after `steps` exact policy-gradient steps with the recipe's own factor on Dr.GRPO's advantage."""
     rng = torch.Generator().manual_seed(seed)
-    weigh = Seed(without_scale, alpha)
+    weigh = Seed(alpha)
     logits = fresh()
     for _ in range(steps):
         logp = logits.log_softmax(1)

@@ -25,6 +25,9 @@ pairwise-weighted REINFORCE, and imitation of everything in proportion to w.
 
 Hyper-parameters: T 1, n 8 (the code's defaults and example).
 
+Measured at toy scale (`gruppo claim red-weight --seeds 8`): with T 1 it earns 0.012 [0.004, 0.020] more than rec-reinforce, since
+rewards that lie within 1 of each other are hardly weighed.
+
 Cost: as GRPO without a reference. red-drop trains on fewer paths than it samples.
 
 Not for: red-drop on rewards of many values (what counts as a success is then only the mean). red-weight with a T far below the

@@ -6,9 +6,10 @@
     A_i = (r_i - mean(r)) / (std(r) + eps)
     J   = 1 / (sum_i |o_i|) sum_i sum_t { min(rho A_i, clip(rho, 1 - 0.2, 1 + 0.2) A_i) - beta KL_t }
 
-R is raw correctness, 0 or 1. Only that part of the reward is discounted: `weight` is what it counts for in the run's reward, and
-everything else the reward adds (format, length) stays as it is. Groups that are all right or all wrong on R are replaced before
-the discount is taken: an all-right group would otherwise have advantages, although it has nothing to say about right and wrong.
+R is raw correctness, 0 or 1. Only that part of the reward is discounted: `weight` is what it counts for in the reward, which a
+run fills in from its own `weights`, and everything else the reward adds (format, length) stays as it is. Groups that are all right
+or all wrong on R are replaced before the discount is taken: an all-right group would otherwise have advantages, although it has
+nothing to say about right and wrong.
 
 | | here | paper | reference code (verl fork) |
 |---|---|---|---|
@@ -30,6 +31,9 @@ paper's second remedy; they act through the clip and need `fit.paths_per_prompt`
 
 Hyper-parameters: n 32, beta_rank 0.25, beta 0.10, epochs 2, clip 0.2, lr 1e-6, 16 theorems per step, 256 samples per update,
 T 1, weight decay 0.01 (authors' script). The embedded worlds set beta to 0; `recipe_args.beta=0.1` is the paper's.
+
+Measured at toy scale (`gruppo claim unlikeliness --seeds 8`): after 30 steps the effective number of right answers is 1.81
+[1.37, 2.24] times GRPO's, at 0.90 instead of 0.95 right. That more passes help could not be seen on a table of arms.
 
 Cost: as GRPO with a reference, `epochs` times over in the update; sampling goes on until enough groups are undecided. What it is
 for shows in pass@N at large N: `gruppo eval RUN --samples 512`.
@@ -91,6 +95,12 @@ class Unlikely:
     def __post_init__(self) -> None:
         if not 0 <= self.beta_rank <= 1:
             raise GruppoError(f"beta_rank is {self.beta_rank}; it is the share of a right answer's reward that may be taken off")
+
+        if not self.weight > 0:
+            raise GruppoError(
+                f"the unlikeliness reward takes off a share of what {self.signal!r} counts for, but its weight in the reward is "
+                f"{self.weight:g}; weigh {self.signal!r} in the run, or say with recipe_args.weight how much of the reward it is"
+            )
 
     def __call__(self, group: Group) -> Tensor:
         raw = self.reward(group)

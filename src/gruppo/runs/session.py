@@ -198,10 +198,12 @@ class Session:
             before = out[-1] if out else None
             same = before is not None and (own.recipe, own.recipe_args) == (before.config.recipe, before.config.recipe_args)
             same = same and before is not None and sampling(own) == sampling(before.config)
+            grade = grading_of(own, self.given)
+            same = same and before is not None and weight_of_correct(own, grade) == weight_of_correct(before.config, before.grade)
             if same and before is not None:
                 made = before.recipe
             else:
-                made = recipe_of(own, self.given)
+                made = recipe_of(own, self.given, weight_of_correct(own, grade))
                 made = offline(made, self._stored(own)) if self.buffer else made
                 made = stale(made, own.fit.sync_every, own.fit.sync_lag, begin)
             seed = own.fit.seed + n
@@ -210,7 +212,7 @@ class Session:
                 at = tasks_of.shuffled(tasks, seed)
             else:
                 at = _world_stream(own, seed)
-            out.append(Stage(own, made, grading_of(own, self.given), at, begin, end, rate_of(own, begin)))
+            out.append(Stage(own, made, grade, at, begin, end, rate_of(own, begin)))
             begin = end
         return out
 
@@ -496,7 +498,14 @@ def sampling(config: RunConfig) -> tuple[int, int, int]:
     return config.fit.paths_per_prompt, config.fit.sync_every, config.fit.sync_lag
 
 
-def recipe_of(config: RunConfig, given: Given) -> Recipe:
+def weight_of_correct(config: RunConfig, grade: Any) -> float | None:
+    """What `correct` counts for in the run's reward, for a recipe that asks by a number `weight`; None where nothing says so."""
+    if config.recipe == RECIPE_FILE or "weight" in config.recipe_args or "weight" not in arguments(config.recipe):
+        return None
+    return float(grade.weights.get("correct", 0.0)) if grade.weights else None
+
+
+def recipe_of(config: RunConfig, given: Given, weight: float | None = None) -> Recipe:
     """The recipe with the run's numbers in it."""
     if given.recipe is not None:
         made = given.recipe
@@ -504,6 +513,8 @@ def recipe_of(config: RunConfig, given: Given) -> Recipe:
         numbers = dict(config.recipe_args)
         if "n" in arguments(config.recipe):
             numbers["n"] = config.fit.paths_per_prompt
+        if weight is not None:
+            numbers["weight"] = weight
         made = recipe(config.recipe, **numbers)
     if config.fit.epochs is None and config.fit.updates_per_epoch is None:
         return made
