@@ -16,11 +16,15 @@ def test_hits_of_the_toy() -> None:
 
 @pytest.mark.claim
 def test_ranks_by_themselves_learn_the_tail() -> None:
-    assert claim(5).holds
+    found = claim(10)
+    assert found.holds, found.verdict  # ten seeds: 0.697 [0.619, 0.775]
 
 
 @pytest.mark.claim
 def test_shared_items_make_exp_inf_no_winner() -> None:
     """What the paper's tables do not show: a reward that ignores later ranks ends below one reward per list."""
-    mean = duplicates(3).table()[-2]
-    assert float(mean["late exp_inf"]) < float(mean["late sequence"])
+    found = duplicates(5)
+    assert not found.holds, found.verdict  # five seeds: -0.058 [-0.142, 0.026]; every seed is below 0
+    assert all(row["gain"] < 0 for row in found.rows)
+    mean = found.table()[-2]
+    assert float(mean["early exp_inf"]) > float(mean["early sequence"])  # it is ahead while there is much to find
