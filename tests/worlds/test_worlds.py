@@ -18,9 +18,10 @@ from gruppo.policies.token import TokenPolicy
 from gruppo.types import Group, Path, Task
 from gruppo.worlds import WORLDS, arithmetic, countdown
 from gruppo.worlds.tokenizer import END, tokenizer
-from gruppo.worlds.world import Shape, answer_of, is_held_out, texts
+from gruppo.worlds.world import Shape, World, answer_of, is_held_out, texts
 
-NAMES = sorted(name for name, world in WORLDS.items() if world.talk is None)  # conversations have a file of their own
+# Conversations and pictures have files of their own.
+NAMES = sorted(name for name, world in WORLDS.items() if isinstance(world, World) and world.talk is None)
 NUMBERS = ["arithmetic", "countdown"]  # worlds of numbers, whose completions are one thought and one answer
 OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 

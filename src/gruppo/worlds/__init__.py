@@ -3,10 +3,11 @@
 from gruppo.worlds.arithmetic import ARITHMETIC
 from gruppo.worlds.catalog import CATALOG
 from gruppo.worlds.countdown import COUNTDOWN
+from gruppo.worlds.glyphs import GLYPHS, PictureWorld
 from gruppo.worlds.safety import SAFETY
 from gruppo.worlds.search import SEARCH
 from gruppo.worlds.world import World
 
-WORLDS: dict[str, World] = {world.name: world for world in (ARITHMETIC, CATALOG, COUNTDOWN, SAFETY, SEARCH)}
+WORLDS: dict[str, World | PictureWorld] = {w.name: w for w in (ARITHMETIC, CATALOG, COUNTDOWN, GLYPHS, SAFETY, SEARCH)}
 
-__all__ = ["WORLDS", "World"]
+__all__ = ["WORLDS", "PictureWorld", "World"]

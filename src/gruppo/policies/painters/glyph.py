@@ -2,9 +2,9 @@
 
     x_sigma = (1 - sigma) picture + sigma noise,     v = noise - picture = (x_sigma - picture) / sigma
 
-The network expects a picture, and the velocity follows from it (2511.13720): pictures lie on a thin surface among all pixels
-and noise does not, so a patch may have more pixels than the network is wide. Noise level and words enter every block through its norms (adaptive layer norm, as in
-DiT, 2212.09748); the blocks' gates and the last layer start at 0. There is no autoencoder: a latent is the picture, -1 to 1.
+The network expects a picture, and the velocity follows from it. Convolutions lead from pixels to 8 x 8 tokens and back, a
+transformer stands between them. Noise level and words enter every part through its norms (adaptive layer norm, as in DiT,
+2212.09748). There is no autoencoder: a latent is the picture, -1 to 1.
 """
 
 from __future__ import annotations
@@ -28,22 +28,23 @@ WEIGHTS = "model.safetensors"
 
 @dataclass(frozen=True)
 class GlyphConfig:
-    """The size of the network, the words it knows, and how its grid is shifted towards noise."""
+    """The size of the network and the words it knows."""
 
     words: tuple[str, ...]
-    width: int = 128
-    layers: int = 4
-    heads: int = 4
     side: int = 32
-    patch: int = 4
-    hidden: int = 3  # the feed-forward part's width in widths
+    channels: int = 48  # of the convolutions, at half the side
+    width: int = 128  # of the transformer, at a quarter of the side
+    layers: int = 3
+    heads: int = 4
+    near: int = 2  # convolution blocks before and after the transformer
+    hidden: int = 2  # the feed-forward part's width in widths
     longest: int = 8  # words of a prompt
-    shift: float = 2.0
-    least: float = 0.05  # noise level below which the velocity is no longer divided by less
+    shift: float = 2.0  # of the grid towards noise
+    least: float = 0.2  # noise level below which the velocity is no longer divided by less
 
     @property
     def tokens(self) -> int:
-        return (self.side // self.patch) ** 2
+        return (self.side // 4) ** 2
 
 
 class Block(nn.Module):
@@ -77,36 +78,64 @@ def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
+class Near(nn.Module):
+    """Two convolutions of 3 x 3 pixels, shifted and scaled by the condition."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.second = nn.Conv2d(channels, channels, 3, padding=1)
+        self.adapt = nn.Linear(width, 2 * channels)
+        for layer in (self.adapt, self.second):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adapt(c)[:, :, None, None].chunk(2, 1)
+        h = torch.addcmul(shift, F.group_norm(x, 8), 1 + scale)
+        return x + self.second(F.silu(self.first(F.silu(h))))
+
+
 class GlyphModel(nn.Module):
     """Velocities of pictures [B, 3, side, side] at noise levels [B], for words [B, longest] (0 = no word)."""
 
     def __init__(self, config: GlyphConfig) -> None:
         super().__init__()
-        D, inside = config.width, 3 * config.patch**2
+        C, D = config.channels, config.width
         self.config = config
-        self.enter = nn.Linear(inside, D)
-        self.place = nn.Parameter(places(config))
         self.words = nn.Embedding(len(config.words) + 1, D)
         self.read = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
         self.level = nn.Sequential(nn.Linear(D, D), nn.SiLU(), nn.Linear(D, D))
+        self.enter = nn.Conv2d(3, C, 4, stride=2, padding=1)
+        self.before = nn.ModuleList(Near(C, D) for _ in range(config.near))
+        self.gather = nn.Conv2d(C, D, 2, stride=2)
+        self.place = nn.Parameter(places(config))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.adapt = nn.Linear(D, 2 * D)
-        self.leave = nn.Linear(D, inside)
+        self.spread = nn.Linear(D, 4 * C)
+        self.after = nn.ModuleList(Near(C, D) for _ in range(config.near))
+        self.leave = nn.Conv2d(C, 4 * 3, 3, padding=1)
         nn.init.normal_(self.words.weight, std=0.5)
         for layer in (self.adapt, self.leave):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, sigma: Tensor, words: Tensor) -> Tensor:
-        p, n = self.config.patch, self.config.side // self.config.patch
-        B = len(x)
-        said = (self.words(words) * (words > 0)[..., None]).sum(1)  # every word says something else, so their order is not needed
+        n = self.config.side // 4
+        said = (self.words(words) * (words > 0)[..., None]).sum(1)  # every word says something else: their order is not needed
         c = F.silu(self.read(said) + self.level(waves(sigma, self.config.width)))
-        h = self.enter(x.reshape(B, 3, n, p, n, p).permute(0, 2, 4, 1, 3, 5).reshape(B, n * n, 3 * p * p)) + self.place
+        near = self.enter(x)
+        for block in self.before:
+            near = block(near, c)
+        h = self.gather(near).flatten(2).transpose(1, 2) + self.place
         for block in self.blocks:
             h = block(h, c)
         shift, scale = self.adapt(c)[:, None].chunk(2, -1)
-        x0 = self.leave(modulated(h, shift, scale)).reshape(B, n, n, 3, p, p).permute(0, 3, 1, 4, 2, 5).reshape(x.shape)
+        h = self.spread(modulated(h, shift, scale)).transpose(1, 2).unflatten(2, (n, n))
+        near = near + F.pixel_shuffle(h, 2)
+        for block in self.after:
+            near = block(near, c)
+        x0 = F.pixel_shuffle(self.leave(F.silu(near)), 2)
         return (x - x0) / sigma.clamp(min=self.config.least)[:, None, None, None]
 
 
@@ -120,7 +149,7 @@ def waves(position: Tensor, width: int, scale: float = 1000.0, longest: float = 
 
 def places(config: GlyphConfig) -> Tensor:
     """[tokens, width]: where a patch stands, rows in one half and columns in the other."""
-    n = config.side // config.patch
+    n = config.side // 4
     one = waves(torch.arange(n), config.width // 2, scale=1.0, longest=100.0)
     rows, columns = one[:, None].expand(n, n, -1), one[None].expand(n, n, -1)
     return torch.cat([rows, columns], -1).reshape(n * n, -1)
