@@ -1,0 +1,1 @@
+"""Readers and scorers of the papers' benchmarks, in their published formats."""
