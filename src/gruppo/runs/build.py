@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from gruppo.policies.flow import CFG, Course, FlowPolicy, Painter
-from gruppo.policies.kernels import FlowSDE
 from gruppo.policies.load import load_model, load_tokenizer, lora_config, with_adapter
 from gruppo.policies.token import TokenPolicy
 from gruppo.recipes import find
@@ -107,7 +106,8 @@ def painting_policy(config: RunConfig, model: Any, peft_config: Any) -> FlowPoli
     embedded = getattr(painter, "embeds_guidance", False)  # the network reads the scale itself and needs one call, not two
     cfg = None
     if own.guidance is not None and own.guidance != 1 and not embedded:
-        cfg = CFG(own.guidance, own.detach_unconditional, getattr(painter, "rescales_guidance", False))
+        negative, rescale = getattr(painter, "negative", ""), getattr(painter, "rescales_guidance", False)
+        cfg = CFG(own.guidance, own.detach_unconditional, rescale, negative)
     return FlowPolicy(
         painter,
         steps=own.denoising_steps or DENOISING_STEPS,
@@ -123,7 +123,7 @@ def probe(policy: Any, task: Task, g: torch.Generator) -> list[SampledPath]:
     if not isinstance(policy, FlowPolicy):
         return policy.sample([task.prompt] * 2, g=g, max_new=min(32, policy.max_new))
     sigmas = policy.sigmas
-    course = Course.of(task.prompt, sigmas, FlowSDE())
+    course = Course.of(task.prompt, sigmas, policy.kernel)
     done = policy.walk(policy.noise(2, g), [course], 0, len(course), g=g, counted="probed")
     images = policy.decode(done.last)
     return [SampledPath(course, done.x[i].cpu(), done.logp[i].cpu(), course.stochastic, images[i]) for i in range(2)]
