@@ -29,14 +29,9 @@ class FluxPainter(PipelinePainter):
         scale = self.embedded if asked.guidance is None else float(asked.guidance)
         self.guidance = scale if self.embeds_guidance else None
 
-    @property
-    def usual(self) -> tuple[int, int]:
-        side = self.pipeline.default_sample_size * self.factor
-        return side, side
-
     def latent(self, height: int, width: int) -> tuple[tuple[int, ...], int]:
         self.patches = height // 2 * (width // 2)
-        self.places = patched(height, width, self.pipeline.transformer.device)
+        self.places = patched(height, width)
         return (self.patches, self.pipeline.transformer.config.in_channels), self.patches + self.text
 
     def condition(self, prompt: str) -> tuple[Tensor, Tensor]:
@@ -45,23 +40,20 @@ class FluxPainter(PipelinePainter):
 
     def predict(self, x: Tensor, sigma: Tensor, conditions: list[Any]) -> Tensor:
         words, pooled = zip(*conditions)
+        places = self.places.to(x.device)
         return self.model(
             hidden_states=x.to(self.dtype),
-            timestep=sigma.to(self.dtype),
+            timestep=sigma,
             guidance=None if self.guidance is None else torch.full_like(sigma, self.guidance),
             pooled_projections=self.stacked(pooled),
             encoder_hidden_states=self.stacked(words),
-            txt_ids=self.places.new_zeros(len(words[0]), 3),
-            img_ids=self.places,
+            txt_ids=places.new_zeros(len(words[0]), 3),
+            img_ids=places,
             return_dict=False,
         )[0]
 
     def decode(self, x: Tensor) -> list[Any]:
-        vae = self.pipeline.vae
-        x = unpacked(self.to_vae(x), self.height // self.factor, self.width // self.factor)
-        with torch.no_grad():
-            pictures = vae.decode(x / vae.config.scaling_factor + vae.config.shift_factor, return_dict=False)[0]
-        return self.pipeline.image_processor.postprocess(pictures, output_type="pil")
+        return super().decode(unpacked(x, self.height // self.factor, self.width // self.factor))
 
     def scheduled(self, steps: int) -> Tensor:
         return resolution_scheduled(self, self.patches, steps)
@@ -72,4 +64,4 @@ def resolution_scheduled(painter: PipelinePainter, patches: int, steps: int) -> 
     config = painter.pipeline.scheduler.config
     mu = resolution_shift(patches, (config.base_image_seq_len, config.base_shift), (config.max_image_seq_len, config.max_shift))
     even = list(np.linspace(1.0, 1 / steps, steps))
-    return painter._scheduler_with(steps, sigmas=even, mu=mu).sigmas.double()
+    return painter.scheduler_for(steps, sigmas=even, mu=mu).sigmas.double()

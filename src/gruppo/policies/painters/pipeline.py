@@ -69,14 +69,20 @@ class PipelinePainter(ABC):
     def predict(self, x: Tensor, sigma: Tensor, conditions: list[Any]) -> Tensor:
         """One call of `self.model`; with gradient."""
 
-    @abstractmethod
+    # -- what a pipeline may say otherwise ------------------------------------------------------------------------------
+
     def decode(self, x: Tensor) -> list[Any]:
-        """PIL images of finished latents."""
+        """PIL images of finished latents [B, C, height, width], through an autoencoder of the class AutoencoderKL."""
+        vae = self.pipeline.vae
+        x = x.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        with torch.no_grad():
+            return self.pipeline.image_processor.postprocess(vae.decode(x, return_dict=False)[0], output_type="pil")
 
     @property
-    @abstractmethod
     def usual(self) -> tuple[int, int]:
         """Height and width in pixels when none are asked."""
+        size = getattr(self.pipeline, "default_sample_size", None) or self.model.config.sample_size
+        return size * self.factor, size * self.factor
 
     @property
     def factor(self) -> int:
@@ -85,7 +91,7 @@ class PipelinePainter(ABC):
 
     def scheduled(self, steps: int) -> Tensor:
         """The grid of the pipeline's own scheduler, [steps + 1]."""
-        return self._scheduler_with(steps).sigmas.double()
+        return self.scheduler_for(steps).sigmas.double()
 
     # -- what follows from it -------------------------------------------------------------------------------------------
 
@@ -122,14 +128,11 @@ class PipelinePainter(ABC):
         """Conditions as the network's dtype wants them."""
         return torch.stack(list(tensors)).to(self.dtype)
 
-    def to_vae(self, x: Tensor) -> Tensor:
-        vae = self.pipeline.vae
-        return x.to(vae.device, vae.dtype)
-
-    def _scheduler_with(self, steps: int, **how: Any) -> Any:
-        """A copy of the pipeline's scheduler, set to this many steps."""
+    def scheduler_for(self, steps: int, *, sigmas: list[float] | None = None, mu: float | None = None) -> Any:
+        """A copy of the pipeline's scheduler, set to this many steps, with its own levels before the shift if not given."""
         scheduler = copy.deepcopy(self.pipeline.scheduler)
-        scheduler.set_timesteps(**({"num_inference_steps": steps} | how))
+        given = {"sigmas": sigmas, "mu": mu}
+        scheduler.set_timesteps(steps, **{k: v for k, v in given.items() if v is not None})
         return scheduler
 
     def _pixels(self) -> tuple[int, int]:
@@ -214,10 +217,10 @@ def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
     return out, None if bool(real.all()) else real
 
 
-def patched(height: int, width: int, device: Any) -> Tensor:
+def patched(height: int, width: int) -> Tensor:
     """(0, row, column) of every 2 x 2 patch, [patches, 3]."""
     rows, columns = torch.meshgrid(torch.arange(height // 2), torch.arange(width // 2), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float().to(device)
+    return torch.stack([torch.zeros_like(rows), rows, columns], -1).reshape(-1, 3).float()
 
 
 def unpacked(x: Tensor, height: int, width: int) -> Tensor:

@@ -23,11 +23,6 @@ class QwenPainter(PipelinePainter):
     negative = " "
     rescales_guidance = True
 
-    @property
-    def usual(self) -> tuple[int, int]:
-        side = self.pipeline.default_sample_size * self.factor
-        return side, side
-
     def latent(self, height: int, width: int) -> tuple[tuple[int, ...], int]:
         self.patches = height // 2 * (width // 2)
         self.area = [(1, height // 2, width // 2)]
@@ -41,7 +36,7 @@ class QwenPainter(PipelinePainter):
         words, real = padded(conditions)
         return self.model(
             hidden_states=x.to(self.dtype),
-            timestep=sigma.to(self.dtype),
+            timestep=sigma,
             encoder_hidden_states=words.to(self.dtype),
             encoder_hidden_states_mask=real,
             img_shapes=[self.area] * len(x),
@@ -49,7 +44,7 @@ class QwenPainter(PipelinePainter):
         )[0]
 
     def decode(self, x: Tensor) -> list[Any]:
-        x = unpacked(self.to_vae(x), self.height // self.factor, self.width // self.factor)[:, :, None]
+        x = unpacked(x, self.height // self.factor, self.width // self.factor)[:, :, None]
         with torch.no_grad():
             pictures = self.pipeline.vae.decode(spread(self.pipeline.vae, x), return_dict=False)[0][:, :, 0]
         return self.pipeline.image_processor.postprocess(pictures, output_type="pil")
@@ -60,5 +55,6 @@ class QwenPainter(PipelinePainter):
 
 def spread(vae: Any, x: Tensor) -> Tensor:
     """Latents [B, C, frames, h, w] with the mean and deviation that the autoencoder gave each channel."""
+    x = x.to(vae.device, vae.dtype)
     mean, std = (torch.tensor(v).to(x).reshape(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
     return x * std + mean

@@ -43,11 +43,6 @@ class SD1Painter(PipelinePainter):
         if pipeline.unet.config.time_cond_proj_dim is not None:
             raise GruppoError("this UNet reads its guidance as an embedding (a distilled model); there is no painter for that")
 
-    @property
-    def usual(self) -> tuple[int, int]:
-        side = self.pipeline.unet.config.sample_size * self.factor
-        return side, side
-
     def latent(self, height: int, width: int) -> tuple[tuple[int, ...], int]:
         return (self.pipeline.unet.config.in_channels, height, width), height * width
 
@@ -67,12 +62,6 @@ class SD1Painter(PipelinePainter):
         """The timestep whose noise level is nearest."""
         levels = self.levels.to(sigma.device)
         return (sigma.double()[:, None] - levels).abs().argmin(1)
-
-    def decode(self, x: Tensor) -> list[Any]:
-        vae = self.pipeline.vae
-        with torch.no_grad():
-            pictures = vae.decode(self.to_vae(x) / vae.config.scaling_factor, return_dict=False)[0]
-        return self.pipeline.image_processor.postprocess(pictures, output_type="pil")
 
     def scheduled(self, steps: int) -> Tensor:
         self.ddim.set_timesteps(steps)

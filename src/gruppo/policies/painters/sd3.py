@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from gruppo.policies.painters.pipeline import PipelinePainter
@@ -21,11 +20,6 @@ class SD3Painter(PipelinePainter):
     pipelines = "StableDiffusion3Pipeline"
     guided = 7.0
     text: ClassVar[int] = 256  # tokens of the T5 encoder; the CLIP encoders add theirs
-
-    @property
-    def usual(self) -> tuple[int, int]:
-        side = self.pipeline.default_sample_size * self.factor
-        return side, side
 
     def latent(self, height: int, width: int) -> tuple[tuple[int, ...], int]:
         config = self.pipeline.transformer.config
@@ -48,15 +42,9 @@ class SD3Painter(PipelinePainter):
             return_dict=False,
         )[0]
 
-    def decode(self, x: Tensor) -> list[Any]:
-        vae = self.pipeline.vae
-        x = self.to_vae(x) / vae.config.scaling_factor + vae.config.shift_factor
-        with torch.no_grad():
-            return self.pipeline.image_processor.postprocess(vae.decode(x, return_dict=False)[0], output_type="pil")
-
     def scheduled(self, steps: int) -> Tensor:
         config = self.pipeline.scheduler.config
         if not config.use_dynamic_shifting:
-            return self._scheduler_with(steps).sigmas.double()
+            return self.scheduler_for(steps).sigmas.double()
         low, high = (config.base_image_seq_len, config.base_shift), (config.max_image_seq_len, config.max_shift)
-        return self._scheduler_with(steps, mu=resolution_shift(self.patches, low, high)).sigmas.double()
+        return self.scheduler_for(steps, mu=resolution_shift(self.patches, low, high)).sigmas.double()

@@ -35,7 +35,7 @@ class WanPainter(PipelinePainter):
             raise GruppoError("this Wan tells every token its own timestep (text-image-to-video); there is no painter for that")
         super().__init__(pipeline, asked)
         # UniPC tells the network whole timesteps, the Euler scheduler broken ones
-        self.whole = not self._scheduler_with(2).timesteps.is_floating_point()
+        self.whole = not self.scheduler_for(2).timesteps.is_floating_point()
 
     @property
     def factor(self) -> int:
@@ -69,5 +69,5 @@ class WanPainter(PipelinePainter):
 
     def decode(self, x: Tensor) -> list[Any]:
         with torch.no_grad():
-            video = self.pipeline.vae.decode(spread(self.pipeline.vae, self.to_vae(x)), return_dict=False)[0]
+            video = self.pipeline.vae.decode(spread(self.pipeline.vae, x), return_dict=False)[0]
         return self.pipeline.video_processor.postprocess_video(video, output_type="pil")
