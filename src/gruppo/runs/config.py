@@ -391,6 +391,12 @@ def arguments(recipe: str) -> dict[str, Any]:
     return find(recipe).numbers
 
 
+def _family(recipe: str) -> str:
+    from gruppo.recipes import find
+
+    return find(recipe).family
+
+
 def check_arguments(config: RunConfig) -> None:
     """A sentence for a recipe argument that the recipe does not take."""
     if config.recipe.endswith(".pickle"):
@@ -424,9 +430,15 @@ def derived(config: RunConfig) -> dict[str, str]:
             )
             continue
         oldest = fit.sync_every - 1 + fit.sync_lag
+        painted = not config.recipe.endswith(".pickle") and _family(config.at(stage).recipe) == "image"
+        most = (
+            f"{rows} pictures of {policy.denoising_steps or 10} steps"
+            if painted
+            else (f"{rows} rows, at most {rows * policy.max_new_tokens} sampled tokens")
+        )
         age = f", sampled with weights {fit.sync_lag} to {oldest} steps old" if oldest else ""
         out[f"stage {stage + 1}" if config.stages else "run"] = (
-            f"{fit.steps} steps of {fit.prompts_per_step} prompts x {fit.paths_per_prompt} paths = {rows} rows, at most "
-            f"{rows * policy.max_new_tokens} sampled tokens, {updates} optimizer step{'s' * (updates > 1)} per step{own}{age}"
+            f"{fit.steps} steps of {fit.prompts_per_step} prompts x {fit.paths_per_prompt} paths = "
+            f"{most}, {updates} optimizer step{'s' * (updates > 1)} per step{own}{age}"
         )
     return out

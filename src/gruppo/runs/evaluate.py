@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from gruppo.graders.grade import text_of
+from gruppo.runs.measure import pictures
 from gruppo.types import Grade, Group, GruppoError, Task
 
 Metric = Callable[[list[Group]], dict[str, float]]
@@ -142,7 +143,8 @@ def _scores(groups: list[Group], greedy_groups: list[Group]) -> dict[str, Score]
         values = [g.signals.get(name) for g in shown]
         if name != "correct" and any(isinstance(v, Tensor) and v.dim() == 1 for v in values):
             out[prefix + name] = over_tasks([_mean(v) for v in values])
-    for name, of in {"length": len, "truncated": lambda p: float(p.truncated)}.items():
+    painted = any(pictures(p.output) for g in shown for p in g.paths)  # every picture has the grid's length
+    for name, of in {} if painted else {"length": len, "truncated": lambda p: float(p.truncated)}.items():
         if groups:
             out[name] = over_tasks([sum(map(of, g.paths)) / len(g) for g in groups], share=name == "truncated")
         if greedy_groups:
@@ -180,6 +182,8 @@ def votes(group: Group) -> list[Any] | None:
     """Each path's answer: the signal `answers` where a grader extracted them, else what stands in its `<answer>` tag."""
     if "answers" in group.signals:
         return [None if a == "" or a != a else a for a in group.signals["answers"]]  # "" and NaN: nothing was extracted
+    if any(not isinstance(p.output, (str, list)) or pictures(p.output) for p in group.paths):
+        return None  # nothing was written
     found = []
     for path in group.paths:
         text = text_of(path.output)

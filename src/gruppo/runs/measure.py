@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from gruppo.train import Iteration
@@ -19,8 +20,6 @@ def measure(done: Iteration, *, step: int, now: float, seconds: float, lr: float
     paths = [p for g in groups for p in g.paths]
     rewards = [row_rewards(g) for g in groups]
     flat = torch.cat(rewards) if rewards else torch.empty(0)
-    lengths = [len(p) for p in paths]
-    tokens = sum(lengths)
     signals = {name: [values_of(g, name) for g in groups] for name in numeric(groups)}
     record: dict[str, Any] = {
         "step": step,
@@ -31,22 +30,40 @@ def measure(done: Iteration, *, step: int, now: float, seconds: float, lr: float
         "reward_std": average(spread(r) for r in rewards),
         "live": average(float(is_live(g)) for g in groups),
         "zero_variance": average(float(is_flat(r)) for r in rewards),
-        "length": average(float(n) for n in lengths),
-        "truncated": average(float(p.truncated) for p in paths),
         "abstained": int(flat.isnan().sum()),
         "signals": {name: average(torch.cat(v)) for name, v in signals.items()},
         "signals_std": {name: average(spread(x) for x in v) for name, v in signals.items()},
-        "length_correct": length_where(groups, 1.0),
-        "length_wrong": length_where(groups, 0.0),
-        "tokens": tokens,
-        "tokens_per_s": tokens / seconds if seconds > 0 else None,
         "updates": done.updates,
     }
+    if any(pictures(p.output) for p in paths):
+        record |= {"pictures": len(paths), "pictures_per_s": len(paths) / seconds if seconds > 0 else None}
+    else:
+        record |= written(groups, seconds)
     gaps = [gap for p in paths if p.logp_train is not None for gap in [(p.logp - p.logp_train)[p.mask].abs()] if len(gap)]
     if gaps:
         record["gap"] = float(torch.cat(gaps).max())
     record |= done.stats
     return {k: finite(v) for k, v in record.items()}
+
+
+def written(groups: list[Group], seconds: float) -> dict[str, Any]:
+    """What only paths of tokens have: lengths, and a pace in tokens."""
+    paths = [p for g in groups for p in g.paths]
+    tokens = sum(map(len, paths))
+    return {
+        "length": average(float(len(p)) for p in paths),
+        "truncated": average(float(p.truncated) for p in paths),
+        "length_correct": length_where(groups, 1.0),
+        "length_wrong": length_where(groups, 0.0),
+        "tokens": tokens,
+        "tokens_per_s": tokens / seconds if seconds > 0 else None,
+    }
+
+
+def pictures(output: Any) -> list[Image.Image]:
+    """The pictures of an output: one, the frames of a video, or none where it is something else."""
+    found = output if isinstance(output, (list, tuple)) else [output]
+    return [image for image in found if isinstance(image, Image.Image)]
 
 
 def finite(value: Any) -> Any:

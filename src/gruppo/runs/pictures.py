@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from gruppo.runs.folder import plain, problem, signal, whole
-from gruppo.runs.measure import finite
+from gruppo.runs.measure import finite, pictures
 from gruppo.types import Group
 from gruppo.types import Path as SampledPath
 
@@ -79,12 +79,6 @@ def row_of(step: int, n: int, group: Group, i: int) -> dict[str, Any]:
         "version": path.version,
         "fork": None if path.fork is None else f"{path.fork[0]}:{path.fork[1]}",
     }
-
-
-def pictures(output: Any) -> list[Image.Image]:
-    """The pictures of an output: one, the frames of a video, or none where it is something else."""
-    found = output if isinstance(output, (list, tuple)) else [output]
-    return [image for image in found if isinstance(image, Image.Image)]
 
 
 def said(path: SampledPath) -> str:

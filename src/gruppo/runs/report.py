@@ -5,6 +5,8 @@ The page holds its data as JSON and asks the network for nothing. What does not 
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import os
@@ -25,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
+from PIL import Image
 
 from gruppo.runs.show import Reading, difference, duration, headline, interval, label, readings, shown
 from gruppo.types import GruppoError
@@ -33,6 +36,7 @@ TEMPLATE = Path(__file__).with_name("report.html.j2")
 STEPS, GROUPS, PATHS, TOKENS = 12, 8, 32, 1500  # at most: steps, groups of a step, paths of a group, tokens of a path
 GROUP_BYTES, PAIR_BYTES = 2_000_000, 600_000
 POINTS = 1500  # of a curve
+THUMB = 128  # pixels of a picture's longer side
 
 
 # --- curves -------------------------------------------------------------------------------------------------------------
@@ -126,6 +130,24 @@ PARTS: dict[str, tuple[Chart, ...]] = {
         Chart("Tokens per second", "Sampled tokens over the time of the whole step.", (Series("tokens_per_s"),), "count"),
         Chart("Seconds per step", "Wall-clock time of one step: sampling, grading and training.", (Series("seconds"),)),
         Chart("Tokens", "Tokens sampled in the step.", (Series("tokens"),), "count"),
+        Chart("Pictures per second", "Painted pictures over the time of the whole step.", (Series("pictures_per_s"),)),
+        Chart(
+            "Pictures",
+            "Paths that were compared, pictures that were decoded for a grader, and prompts that were encoded anew.",
+            (Series("pictures", "compared"), Series("counts/decoded", "decoded"), Series("counts/encoded", "encoded")),
+            "count",
+        ),
+        Chart(
+            "Network calls",
+            "What the step computed: calls to sample, calls with gradient, and the denoising steps that these trained "
+            "(more than calls where paths share a latent).",
+            (
+                Series("counts/sampled", "to sample"),
+                Series("counts/forwards", "with gradient"),
+                Series("counts/trained", "steps trained"),
+            ),
+            "count",
+        ),
         Chart(
             "Updates",
             "Optimizer steps taken on what one step sampled; 0 where nothing could be learned.",
@@ -330,13 +352,22 @@ def path_record(row: Mapping[str, Any]) -> dict[str, Any]:
     }
     if fork := row.get("fork"):
         parent, _, at = str(fork).partition(":")
-        out["marks"].append(f"shares path {parent} before token {at}" if at else f"fork {fork}")
+        painted = row.get("images") is not None
+        out["marks"].append(
+            f"begins at the noise of path {parent}"
+            if painted and at == "0"
+            else f"shares path {parent} before {'step' if painted else 'token'} {at}"
+            if at
+            else f"fork {fork}"
+        )
     if talked:
         found = answers([m for m in talked if m["role"] == "tool"])
         out["calls"] = len(found["tools"])
         out["marks"] += [counted(found[k], what) for k, what in (("failed", "failed call"), ("late", "time-out")) if found[k]]
     if row.get("stratum") is not None:
         out["stratum"] = row["stratum"]
+    if row.get("images") is not None:
+        return {**out, **picture_record(row), "text": str(row.get("output") or "")}
     if not tokens:
         return {**out, "text": str(row.get("output") or "")}
     keep = list(range(len(tokens)))
@@ -362,6 +393,27 @@ def path_record(row: Mapping[str, Any]) -> dict[str, Any]:
     if len(logp) == len(tokens):
         out["chance"] = [round(100 * math.exp(min(logp[i], 0.0))) if math.isfinite(logp[i] or 0.0) else None for i in keep]
     return out
+
+
+def picture_record(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What was painted, and of every denoising step: sigma before and after, the noise drawn, the advantage (None: untrained)."""
+    sigmas, noise = list(row["sigmas"]), list(row["deviations"])
+    taught = [a if m else None for a, m in zip(row["advantage"], row["mask"])]
+    return {
+        "images": [f"data:image/png;base64,{base64.b64encode(shrunk(image)).decode()}" for image in row["images"]],
+        "denoising": [[*pair, s, a] for pair, s, a in zip(pairwise(sigmas), noise, taught)],
+    }
+
+
+def shrunk(image: bytes) -> bytes:
+    """The picture as PNG with at most THUMB pixels a side: a page holds hundreds of them."""
+    found = Image.open(io.BytesIO(image))
+    if max(found.size) <= THUMB:
+        return image
+    found.thumbnail((THUMB, THUMB))
+    buffer = io.BytesIO()
+    found.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def runs_of(flags: Sequence[bool]) -> list[list[int]]:
@@ -517,7 +569,7 @@ def side_by_side(folder: Path, each: int = 8) -> dict[str, Any]:
     def whole(side: dict[tuple[int, str], Tried], table: pa.Table) -> dict[tuple[int, str], dict[str, Any]]:
         at = {side[key].shown["group"]: key for _, key in picked}
         rows = table.filter(pc.field("group").isin(list(at)))
-        return {at[g[0]["group"]]: g[0] for g in groups_of(rows)}
+        return {at[g[0]["group"]]: gallery(g) for g in groups_of(rows)}
 
     first, last = whole(before, tables[0]), whole(after, tables[1])
     pairs, room = [], PAIR_BYTES
@@ -528,8 +580,8 @@ def side_by_side(folder: Path, each: int = 8) -> dict[str, Any]:
             "prompt": key[1],
             "answer": first[key].get("answer"),
             "task": parsed(first[key].get("task")),
-            "before": path_record(first[key]),
-            "after": path_record(last[key]),
+            "before": shown_record(first[key]),
+            "after": shown_record(last[key]),
             "right": [[sum(grade_of(r)[0] > 0.5 for r in s), len(s)] for s in (b, a)] if b and a and grade_of(b[0])[1] else None,
         }
         size = len(embedded(record).encode())
@@ -537,6 +589,24 @@ def side_by_side(folder: Path, each: int = 8) -> dict[str, Any]:
             room -= size
             pairs.append(record)
     return {"steps": steps, "pairs": pairs, "counts": {kind: len(keys) for kind, keys in by_kind.items() if keys}}
+
+
+def shown_record(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A path of a held-out problem; pictures carry their verdicts."""
+    out = path_record(row)
+    if "verdicts" not in row:
+        return out
+    out |= {"right": [g > 0.5 if graded and not math.isnan(g) else None for g, graded in row["verdicts"]], "denoising": []}
+    return {**out, "reward": None, "signals": {}}  # of one path only, where many are shown
+
+
+def gallery(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The path to show; of a painted problem, with the pictures of all its paths, each marked right or wrong."""
+    first = rows[0]
+    if first.get("images") is None:
+        return first
+    some = [(r, image) for r in rows for image in r["images"]]
+    return {**first, "images": [i for _, i in some], "verdicts": [grade_of(r) for r, _ in some]}
 
 
 def by_part(first: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
@@ -637,7 +707,7 @@ def summary(
     told = []
     if scores:
         before, after = scores[0], scores[-1]
-        best = next((n for n in after if ACCURACY.match(n)), None)
+        best = next((n for n in headline(after) if ACCURACY.match(n)), None)
         if best and len(scores) > 1 and best in before:
             b, a = before[best], after[best]
             told.append(

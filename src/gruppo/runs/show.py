@@ -371,14 +371,14 @@ class Show:
 
     def _numbers(self) -> str:
         r = self.last
-        live = r.get("live")
+        live, painted = r.get("live"), "pictures" in r
+        pace = ("pictures_per_s", ",.1f", "pictures/s") if painted else ("tokens_per_s", ",.0f", "tokens/s")
         told = [
             f"reward {quantity(r.get('reward'), '.3f')}",
             f"live groups {quantity(None if live is None else 100 * live, '.0f')} %",
             *([f"KL {quantity(r['kl'], '.2g')}"] if "kl" in r else []),
-            f"entropy {quantity(r.get('entropy'), '.2f')}",
-            f"length {quantity(r.get('length'), '.1f')}",
-            f"{quantity(r.get('tokens_per_s'), ',.0f')} tokens/s",
+            *([] if painted else [f"entropy {quantity(r.get('entropy'), '.2f')}", f"length {quantity(r.get('length'), '.1f')}"]),
+            f"{quantity(r.get(pace[0]), pace[1])} {pace[2]}",
             f"abstained {self.abstained}",
         ]
         return "  ".join(told)
