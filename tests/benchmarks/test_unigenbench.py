@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 from PIL import Image
 from tests.graders.clips import picture
+from tests.graders.made import group
 from tests.graders.servers import answering
 
-from gruppo.benchmarks.glyphs import CONSISTENCY, LAYOUT, QUANTITY, glyph_checker, glyph_items, item_of, met
+from gruppo.benchmarks.glyphs import CONSISTENCY, LAYOUT, QUANTITY, asked, glyph_checker, glyph_items, glyph_score, item_of, met
 from gruppo.benchmarks.unigenbench import (
     CHINESE,
     Folder,
@@ -32,6 +33,7 @@ from gruppo.benchmarks.unigenbench import (
 )
 from gruppo.graders.grade import Abstained
 from gruppo.graders.http import Patience
+from gruppo.graders.judge import Margin, WinRate
 from gruppo.graders.vision import Chat
 from gruppo.types import GruppoError, Path
 from gruppo.worlds.glyphs import COLOURS, COUNTS, GLYPHS, SHAPES, draw, task_of
@@ -329,3 +331,18 @@ def test_mixed_things_are_not_consistent() -> None:
     assert not met(Point(CONSISTENCY, "all red squares"), two)
     assert met(Point(QUANTITY, "two squares"), two)
     assert not met(Point(CONSISTENCY, "all red squares"), Seen((Thing(None, None, (0.0, 0.0)),) * 2, True))
+
+
+def test_the_verifier_as_a_scorer_and_so_as_a_judge() -> None:
+    right, other = task_of(2, "red", "square", "left"), task_of(1, "blue", "square", "right")
+    images = [draw(right, Random(0)), draw(other, Random(0)), Image.new("RGB", (32, 32), (236, 236, 236))]
+    assert glyph_score(images, [right.prompt] * 3) == [
+        1.0,
+        2 / 5,
+        0.0,
+    ]  # one blue square at the right: its shape, and consistency
+    assert WinRate(Margin(glyph_score))([group(images, prompt=right.prompt)])[0]["win_rate"] == [1.0, 0.5, 0.0]
+    for task in GLYPHS.held_out(20):
+        assert asked(task.prompt) == task
+    with pytest.raises(GruppoError, match="one of square"):
+        glyph_score(images[:1], ["two red moons"])

@@ -2,6 +2,7 @@
 
     items = glyph_items(64)                                  the world's held-out tasks
     result = evaluate(items, paint(policy, items, "pictures"), glyph_checker)
+    judge = WinRate(Margin(glyph_score))                     a pairwise judge for Pref-GRPO
 
 Its dimensions are UniGenBench's: Attribute - Shape, - Color and - Quantity, Entity Layout - Two-Dimensional Space where the
 prompt names a side, and Grammar - Consistency where it asks for several things: all of them have one colour and one shape.
@@ -11,10 +12,11 @@ The benchmark keeps Quantity for three or more things; here every count has it. 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from gruppo.benchmarks.unigenbench import Checks, Item, Point, Question
 from gruppo.types import GruppoError, Task
-from gruppo.worlds.glyphs import ANYWHERE, COLOURS, COUNTS, GLYPHS, PLURALS, POSITIONS, SHAPES, Seen, look, stands
+from gruppo.worlds.glyphs import ANYWHERE, COLOURS, COUNTS, GLYPHS, PLURALS, POSITIONS, SHAPES, Seen, look, stands, task_of
 
 SHAPE, COLOUR, QUANTITY = "Attribute - Shape", "Attribute - Color", "Attribute - Quantity"
 LAYOUT, CONSISTENCY = "Entity Layout - Two-Dimensional Space", "Grammar - Consistency"
@@ -65,6 +67,21 @@ def met(point: Point, seen: Seen) -> bool:
     if point.name == CONSISTENCY:
         return None not in (things[0].colour, things[0].shape) and len({(t.colour, t.shape) for t in things}) == 1
     raise GruppoError(f"the verifier of the world glyphs cannot answer the test point {point.name!r}")
+
+
+def glyph_score(images: Sequence[Any], prompts: Sequence[Any]) -> list[float]:
+    """A scorer: the share of its prompt's test points that each picture meets."""
+    items = [item_of(0, asked(str(prompt))) for prompt in prompts]
+    checks = glyph_checker([Question(item, image) for item, image in zip(items, images)])
+    return [sum(row) / len(row) for row in checks]
+
+
+def asked(prompt: str) -> Task:
+    """The task of one of the world's prompts."""
+    words = prompt.split()
+    position = words[-1] if words[-1] in POSITIONS else ANYWHERE
+    shape = one_of([singular(w) for w in words], SHAPES)
+    return task_of(COUNTS.index(one_of(words, COUNTS)) + 1, one_of(words, list(COLOURS)), shape, position)
 
 
 def singular(word: str) -> str:
