@@ -1,0 +1,114 @@
+"""A whole run of an image model, from its description to its report: trained, resumed bit for bit, looked at."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from tests.runs.small import Quiet, silent
+
+from gruppo.policies.flow import FlowPolicy
+from gruppo.runs.config import assemble
+from gruppo.runs.report import browsable, side_by_side, write_report
+from gruppo.runs.session import Session
+from gruppo.types import GruppoError
+
+SMALL: dict[str, Any] = {
+    "recipe": "mix-grpo",
+    "recipe_args": {"window": 2, "tau": 1, "updates": 1, "clip": 0.1},
+    "world": "glyphs",
+    "policy": {"denoising_steps": 3, "threads": 1, "device": "cpu"},
+    "fit": {"steps": 3, "prompts_per_step": 2, "paths_per_prompt": 3},
+    "eval": {"tasks": 3, "samples": 2},
+    "track": {"save_every": 1, "groups_every": 1},
+}
+
+
+def run(folder: Path, **changes: Any) -> Session:
+    made = Session.new(assemble(SMALL, {"folder": str(folder), **changes}), say=silent)
+    made.run(Quiet())
+    return made
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Session:
+    return run(tmp_path_factory.mktemp("pictures"))
+
+
+def test_the_window_moves_and_costs_are_recorded(done: Session) -> None:
+    records = done.folder.records(done.folder.metrics)
+    assert [r["counts"]["sampled"] for r in records] == [2 * 3 * 3] * 3
+    assert [r["counts"]["trained"] for r in records] == [2 * 3 * 2] * 3
+    assert [r["pictures"] for r in records] == [6] * 3
+    assert not any("tokens" in r or "length" in r for r in records)
+    starts = [pq.read_table(done.folder.path / f"groups/step-{s:06d}.parquet")["mask"][0].as_py() for s in (1, 2, 3)]
+    assert starts == [[True, True, False], [False, True, True], [False, True, True]]
+
+
+def test_evaluation_has_no_greedy_picture_and_no_lengths(done: Session) -> None:
+    scores = done.folder.records(done.folder.evals)[-1]["scores"]
+    assert {"mean@2", "pass@1", "pass@2"} <= set(scores)
+    assert not {"greedy", "length", "truncated"} & set(scores)
+
+
+def test_stored_pictures_can_be_looked_at(done: Session) -> None:
+    row = pq.read_table(done.folder.path / "groups/step-000001.parquet").to_pylist()[4]
+    (image,) = row["images"]
+    assert Image.open(io.BytesIO(image)).size == (32, 32)
+    assert row["fork"] == "0:0"  # the second prompt's paths begin at one noise
+    assert len(row["sigmas"]) == 4
+    assert row["deviations"][2] == 0
+
+
+def test_the_report_shows_every_group_and_both_evaluations(done: Session) -> None:
+    text = write_report(done.folder.path).read_text()
+    assert text.count("data:image/png;base64,") >= 3 * 2 * 3
+    group = browsable(done.folder.path)["steps"][0]["groups"][0]
+    assert [len(p["denoising"]) for p in group["paths"]] == [3, 3, 3]
+    assert [step[3] is None for step in group["paths"][0]["denoising"]] == [False, False, True]
+    assert group["paths"][1]["marks"] == ["begins at the noise of path 0"]
+    pair = side_by_side(done.folder.path)["pairs"][0]
+    assert len(pair["before"]["images"]) == len(pair["before"]["right"]) == 2
+
+
+def test_resumed_after_two_steps_the_third_is_the_same(done: Session, tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(step: int) -> None:
+        if step == 3:
+            raise Stopped
+
+    first = Session.new(assemble(SMALL, {"folder": str(tmp_path)}), say=silent)
+    with pytest.raises(Stopped):
+        first.run(Quiet(stop))
+    again = Session.resume(first.folder.path, say=silent)
+    again.run(Quiet())
+    for a, b in zip(done.policy.parameters(), again.policy.parameters()):
+        assert torch.equal(a, b)
+    ours, theirs = (s.folder.records(s.folder.metrics)[-1] for s in (again, done))
+    for key in ("reward", "loss", "grad_norm"):
+        assert ours[key] == theirs[key]
+
+
+def test_a_checkpoint_is_a_model_of_its_own(done: Session, tmp_path: Path) -> None:
+    folder = done.folder.checkpoint(3)
+    assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "GlyphPipeline"
+    again = Session.new(assemble(SMALL, {"folder": str(tmp_path), "model": str(folder)}), say=silent)
+    assert isinstance(again.policy, FlowPolicy)
+    for a, b in zip(done.policy.parameters(), again.policy.parameters()):
+        assert torch.equal(a, b)
+
+
+def test_a_recipe_for_text_is_refused_for_a_painter_and_the_other_way_round(tmp_path: Path) -> None:
+    with pytest.raises(GruppoError, match="the recipe grpo is for text models, but the model of this run paints"):
+        Session.new(assemble({**SMALL, "recipe": "grpo", "recipe_args": {}, "folder": str(tmp_path)}), say=silent)
+    with pytest.raises(GruppoError, match="the recipe mix-grpo is for image models, but the model of this run writes"):
+        run(tmp_path, world="arithmetic")
+    assert list(tmp_path.iterdir()) == []
