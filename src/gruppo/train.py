@@ -15,7 +15,7 @@ import torch
 from gruppo.core.collate import NotFinite, collate, drop_abstained
 from gruppo.core.reduce import weigh
 from gruppo.recipe import Recipe
-from gruppo.types import Batch, Grade, Group, GruppoError, Policy, Reference
+from gruppo.types import Batch, Grade, Group, GruppoError, Policy, Reference, reads_reference
 
 
 @dataclass
@@ -83,7 +83,7 @@ def accumulate(policy: Policy, batch: Batch, recipe: Recipe, *, ref: Reference |
     for part in policy.split(batch, recipe.loss.scope, budget):
         now = policy.evaluate(part)
         with torch.no_grad():
-            fixed = None if ref is None else ref.evaluate(part)
+            fixed = None if ref is None or not reads_reference(recipe.loss) else ref.evaluate(part)
         loss, stats = recipe.loss(part, now, fixed)
         objective = (part.weight * loss).sum()
         objective.backward()

@@ -229,6 +229,11 @@ class Loss(Protocol):
     def __call__(self, batch: Batch, now: Steps, ref: Steps | None) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
+def reads_reference(loss: Loss) -> bool:
+    """Whether the loss looks at `ref`; a loss that does not say is asked to be given it."""
+    return bool(getattr(loss, "reads_reference", True))
+
+
 @runtime_checkable
 class Policy(Protocol):
     """All that the loop needs. Sampling is deliberately not here: a rollout is written for a family of policies."""

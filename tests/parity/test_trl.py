@@ -50,7 +50,7 @@ from gruppo.policies.reference import initial
 from gruppo.recipe import Recipe
 from gruppo.recipes import corrected, recipe
 from gruppo.train import iterate
-from gruppo.types import Batch, Loss, Scope, Steps, Task
+from gruppo.types import Batch, Task
 
 pytestmark = [
     pytest.mark.parity,
@@ -255,23 +255,8 @@ def test_bnpo_depends_on_accumulation_there_and_not_here(tiny):
 # -- differences of convention, each with its exact factor ----------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class UnbiasedKL:
-    """loss + beta * rho * k3: the KL of DeepSeek-V3.2, TRL's default since `use_bias_correction_kl` is on."""
-
-    loss: Loss
-    beta: float
-    scope: Scope = "path"
-
-    def __call__(self, batch: Batch, now: Steps, ref: Steps | None) -> tuple[Tensor, dict[str, Tensor]]:
-        assert ref is not None
-        loss, stats = self.loss(batch, now, ref)
-        kl = step_ratio(batch, now.logp) * k3(now.logp, ref.logp) * batch.mask
-        return loss + self.beta * kl, {**stats, "kl": kl}
-
-
 def test_trl_multiplies_its_kl_by_the_ratio_unless_told_not_to(tiny):
-    method = replace(recipe("grpo", n=G, beta=0.5), loss=UnbiasedKL(PPOClip(0.2, 0.2), 0.5))
+    method = replace(recipe("grpo", n=G, beta=0.5), loss=WithKL(PPOClip(0.2, 0.2), 0.5, ratio=step_ratio))
     default = trl(tiny, loss_type="grpo", beta=0.5)
     agree(ours(tiny, method), default)
     assert apart(ours(tiny, METHODS["grpo, KL"][0]), default)[1] > 1e-2

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.recipes.batches import EIGHT, advantages, batch, group, losses
+from torch import Tensor
 
-from gruppo.core.kl import MinusKL
+from gruppo.core.correct import Corrected, step_gap
+from gruppo.core.kl import MinusKL, WithKL
 from gruppo.core.reduce import sequence_mean, weigh
+from gruppo.core.surrogate import PPOClip
+from gruppo.recipes import recipe
+from gruppo.recipes.golden import Trial
 from gruppo.recipes.grpo import total
+from gruppo.recipes.opmd import Held
 from gruppo.recipes.rloo import rloo
 from gruppo.rollouts import Parallel, WithReference
-from gruppo.types import Group, GruppoError, Steps
+from gruppo.types import Batch, Group, GruppoError, Path, Reference, Steps, reads_reference
 
 BARE = rloo(beta=0.0)
 
@@ -65,3 +73,42 @@ def test_preset() -> None:
     assert r.reward == MinusKL(total, 0.03)
     assert r.rollout == WithReference(Parallel(4))
     assert r.reduce is sequence_mean
+
+
+class Counted:
+    """A reference that counts how often it is read."""
+
+    def __init__(self, inner: Reference) -> None:
+        self.inner, self.scored, self.evaluated = inner, 0, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def score(self, paths: list[Path]) -> list[Tensor]:
+        self.scored += 1
+        return self.inner.score(paths)  # type: ignore[attr-defined]
+
+    def evaluate(self, batch: Batch) -> Steps:
+        self.evaluated += 1
+        return self.inner.evaluate(batch)
+
+
+@pytest.mark.parametrize(("name", "scored", "in_the_loss"), [("rloo", 1, False), ("grpo", 0, True)])
+def test_the_reference_is_read_where_the_recipe_reads_it_and_not_twice(name: str, scored: int, in_the_loss: bool) -> None:
+    trial = Trial.of(recipe(name, n=4, beta=0.05))
+    assert trial.reference is not None
+    trial.reference = trial.policy.reference = Counted(trial.reference)
+    trial.advance()
+    assert trial.reference.scored == scored
+    assert (trial.reference.evaluated > 0) is in_the_loss
+
+
+def test_a_wrapper_reads_what_its_loss_reads_and_an_unknown_loss_is_given_the_reference() -> None:
+    bare, held = PPOClip(0.2, 0.2), WithKL(PPOClip(0.2, 0.2), 0.1)
+    assert [reads_reference(loss) for loss in (bare, held, Corrected(bare, step_gap), Held(bare, 0.1))] == [
+        False,
+        True,
+        False,
+        False,
+    ]
+    assert [reads_reference(loss) for loss in (Corrected(held, step_gap), Held(held, 0.1))] == [True, True]

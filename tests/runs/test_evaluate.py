@@ -77,9 +77,23 @@ def test_one_task_says_nothing_about_the_spread_of_a_mean():
 
 
 def test_a_share_of_certain_tasks_gets_wilson_and_not_an_empty_interval():
-    s = over_tasks([0.0, 0.0, 0.0, 0.0])
+    s = over_tasks([0.0, 0.0, 0.0, 0.0], single=True)
     assert (s.value, s.low) == (0.0, 0.0)
     assert s.high == pytest.approx(wilson(0, 4)[1])
+
+
+def test_the_kind_of_an_interval_does_not_depend_on_how_well_the_score_stands():
+    mixed = score([group([1, 1, 1, 0]), group([1, 1, 1, 1]), group([0, 1, 1, 1])], []).scores
+    certain = score([group([1, 1, 1, 1])] * 3, []).scores
+    for name in ("mean@4", "pass@1", "pass@2"):  # means over paths: never Wilson's, and nothing where all tasks agree
+        s = mixed[name]
+        assert (s.value == 1.0 and math.isnan(s.low)) or (s.low, s.high) != wilson(3 * s.value, 3)
+        assert math.isnan(certain[name].low)
+    for scores in (mixed, certain):  # one 0 or 1 per task
+        s = scores["pass@4"]
+        assert (s.low, s.high) == wilson(3, 3)
+    once = score([group([1]), group([1])], []).scores
+    assert (once["mean@1"].low, once["mean@1"].high) == wilson(2, 2)
 
 
 def test_no_tasks_score_is_nan_and_not_zero():

@@ -306,3 +306,32 @@ def test_what_abstains_in_an_evaluation_is_not_counted_as_training(tmp_path: Pat
     counted = sum(r["abstained"] for r in run.folder.records(run.folder.metrics))
     assert counted > 0
     assert run.stages[0].grade.abstained["shy"] == counted
+
+
+def test_tokens_count_what_was_sampled_and_failed_grades_are_recorded(tmp_path: Path) -> None:
+    """Dynamic sampling throws groups away; their tokens were sampled all the same."""
+    (tmp_path / "moody.py").write_text(
+        "class Moody:\n"
+        "    signals = ('correct', 'odd')\n"
+        "    calls = 0\n"
+        "    def __call__(self, groups):\n"
+        "        Moody.calls += 1\n"
+        "        if Moody.calls == 2:\n"
+        "            same = [1.0]\n"
+        "        else:\n"
+        "            same = [0.0]\n"
+        "        odd = [Abstained('late')]\n"
+        "        return [{'correct': [1.0] + same * (len(g) - 1), 'odd': odd + [0.0] * (len(g) - 1)} for g in groups]\n"
+        "from gruppo.graders.grade import Abstained\n"
+    )
+    run = session(
+        tmp_path, recipe="dapo", rewards=[f"{tmp_path / 'moody.py'}:Moody"], weights={"correct": 1.0}, recipe_args={"refills": 1},
+        fit={"steps": 1, "prompts_per_step": 2, "paths_per_prompt": 4}, eval={"tasks": 0},
+    )  # fmt: skip
+    display = Quiet()
+    run.run(display)
+    [record] = display.records
+    kept = 2 * 4 * record["length"]
+    assert record["tokens"] > 1.5 * kept
+    assert record["tokens_per_s"] == pytest.approx(record["tokens"] / record["seconds"])
+    assert record["failures"] == {"odd: late": 4}

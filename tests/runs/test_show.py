@@ -74,6 +74,20 @@ def test_a_log_has_one_line_every_few_steps_and_no_control_characters() -> None:
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", text)
 
 
+def test_a_grade_that_could_not_be_given_is_told_once_with_its_reason_and_counted() -> None:
+    def run(show: Show) -> None:
+        show.step({"step": 1, "failures": {"correct: raised ValueError: no\x1b[2J number": 2}}, [])
+        show.step({"step": 2, "failures": {"correct: raised ValueError: no\x1b[2J number": 3}}, [])
+        show.step({"step": 20}, [])
+
+    text = told(run)
+    assert text.count("could not be given") == 1
+    assert "step 1: 2 grades could not be given: correct: raised ValueError: no" in text
+    assert "\x1b" not in text
+    assert "failed grades 5" in text
+    assert "failed grades" not in told(lambda show: show.step({"step": 20}, []))
+
+
 def test_a_long_log_line_is_not_broken() -> None:
     text = told(steps_of, width=40)
     assert all("tokens/s" in line and "left" in line for line in text.splitlines() if line.startswith("step "))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gruppo.types import Batch, Loss, Scope, Steps
+from gruppo.types import Batch, Loss, Scope, Steps, reads_reference
 
 
 def step_gap(batch: Batch) -> Tensor:
@@ -60,6 +60,10 @@ class Corrected:
     @property
     def scope(self) -> Scope:
         return self.loss.scope
+
+    @property
+    def reads_reference(self) -> bool:
+        return reads_reference(self.loss)
 
     def __call__(self, batch: Batch, now: Steps, ref: Steps | None) -> tuple[Tensor, dict[str, Tensor]]:
         loss, stats = self.loss(batch, now, ref)

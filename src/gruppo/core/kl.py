@@ -25,11 +25,16 @@ def k3(logp: Float[Tensor, "*S"], logp_ref: Float[Tensor, "*S"]) -> Float[Tensor
 
 @dataclass(frozen=True)
 class WithKL:
-    """loss + beta * divergence(logp, logp_ref), per step."""
+    """loss + beta * divergence(logp, logp_ref), per step; times `ratio`, gradient included, where there is one.
+
+    With `core.ratio.step_ratio` and k3 the gradient is that of the KL itself whoever sampled (DeepSeek-V3.2), which is what
+    TRL's `use_bias_correction_kl` does; without, it is GRPO's.
+    """
 
     loss: Loss
     beta: float
     divergence: Callable[[Tensor, Tensor], Tensor] = k3
+    ratio: Callable[[Batch, Tensor], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not self.beta >= 0:
@@ -43,7 +48,9 @@ class WithKL:
         if ref is None:
             raise GruppoError(f"this loss adds {self.beta} * KL to the reference, but the run has no reference policy")
         loss, stats = self.loss(batch, now, ref)
-        kl = torch.where(batch.mask, self.divergence(now.logp, ref.logp), torch.zeros_like(loss))
+        kl = self.divergence(now.logp, ref.logp)
+        kl = kl if self.ratio is None else kl * self.ratio(batch, now.logp)
+        kl = torch.where(batch.mask, kl, torch.zeros_like(loss))
         return loss + self.beta * kl, {**stats, "kl": kl}
 
 

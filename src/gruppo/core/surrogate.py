@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ class PPOClip:
     cap: float | None = None
     dual: float | None = None
     scope: Scope = "path"
+    reads_reference: ClassVar[bool] = False
 
     def __call__(self, batch: Batch, now: Steps, ref: Steps | None) -> tuple[Tensor, dict[str, Tensor]]:
         A = batch.advantage
@@ -50,6 +52,7 @@ class WeightClip:
     high: float
     ratio: Ratio = step_ratio
     scope: Scope = "path"
+    reads_reference: ClassVar[bool] = False
 
     def __call__(self, batch: Batch, now: Steps, ref: Steps | None) -> tuple[Tensor, dict[str, Tensor]]:
         rho = self.ratio(batch, now.logp).detach()

@@ -42,7 +42,7 @@ from gruppo.core.advantage import spread
 from gruppo.core.reduce import sequence_sum
 from gruppo.recipe import Recipe
 from gruppo.recipes.rec import Reinforce, rec_reinforce
-from gruppo.types import Batch, Group, GruppoError, Loss, Scope, Steps
+from gruppo.types import Batch, Group, GruppoError, Loss, Scope, Steps, reads_reference
 
 
 def step_squares(batch: Batch, logp: Tensor) -> Tensor:
@@ -71,6 +71,10 @@ class Held:
     @property
     def scope(self) -> Scope:
         return self.loss.scope
+
+    @property
+    def reads_reference(self) -> bool:
+        return reads_reference(self.loss)
 
     def __call__(self, batch: Batch, now: Steps, ref: Steps | None) -> tuple[Tensor, dict[str, Tensor]]:
         loss, stats = self.loss(batch, now, ref)

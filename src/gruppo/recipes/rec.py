@@ -49,6 +49,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -153,6 +154,7 @@ class Reinforce:
     scale: float = 1.0
     ratio: Ratio = step_ratio
     scope: Scope = "path"
+    reads_reference: ClassVar[bool] = False
 
     def __call__(self, batch: Batch, now: Steps, ref: Steps | None) -> tuple[Tensor, dict[str, Tensor]]:
         A, rho = batch.advantage, self.ratio(batch, now.logp).detach()

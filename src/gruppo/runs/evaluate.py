@@ -1,7 +1,9 @@
 """What a policy can do on held-out tasks: pass@k, mean@n, majority@n, greedy accuracy, each with an interval.
 
 A path whose grade abstained is left out and counted; it is never a wrong answer. Intervals are over tasks, because the paths
-of one task are not independent of one another: Wilson's where every task contributes a 0 or a 1, a seeded bootstrap elsewhere.
+of one task are not independent of one another: Wilson's for scores to which every task contributes a single 0 or 1, a seeded
+bootstrap for means over several paths of a task. That is a matter of the score and not of how well it stands, so that the
+intervals of one curve are of one kind; where a bootstrapped score is the same for all tasks, it has no interval.
 """
 
 from __future__ import annotations
@@ -127,28 +129,32 @@ def score(
 def _scores(groups: list[Group], greedy_groups: list[Group]) -> dict[str, Score]:
     out: dict[str, Score] = {}
     if any("correct" in g.signals for g in greedy_groups):
-        out["greedy"] = over_tasks([float(_correct(g)[0]) for g in greedy_groups])
+        out["greedy"] = over_tasks([float(_correct(g)[0]) for g in greedy_groups], single=True)
     if any("correct" in g.signals for g in groups):
         graded = [(c := _correct(g))[~c.isnan()] for g in groups]
         samples = max(map(len, groups))
         k = 1
         while k <= samples:  # a task with fewer than k grades says nothing about pass@k and is left out of it
-            out[f"pass@{k}"] = over_tasks([pass_at(k, len(c), int(c.sum())) if len(c) >= k else math.nan for c in graded])
+            chances = [pass_at(k, len(c), int(c.sum())) if len(c) >= k else math.nan for c in graded]
+            out[f"pass@{k}"] = over_tasks(chances, single=k == samples)
             k *= 2
-        out[f"mean@{samples}"] = over_tasks([float(c.double().mean()) if len(c) else math.nan for c in graded])
+        out[f"mean@{samples}"] = over_tasks(
+            [float(c.double().mean()) if len(c) else math.nan for c in graded], single=samples == 1
+        )
         if samples > 1 and any(votes(g) is not None for g in groups):
             out[f"majority@{samples}"] = over_tasks([majority(votes(g), _correct(g).tolist()) for g in groups])
     shown, prefix = (groups, "") if groups else (greedy_groups, "greedy_")
     for name in dict.fromkeys(n for g in shown for n in g.signals):
         values = [g.signals.get(name) for g in shown]
         if name != "correct" and any(isinstance(v, Tensor) and v.dim() == 1 for v in values):
-            out[prefix + name] = over_tasks([_mean(v) for v in values])
+            out[prefix + name] = over_tasks([_mean(v) for v in values], single=max(map(len, shown)) == 1)
     painted = any(pictures(p.output) for g in shown for p in g.paths)  # every picture has the grid's length
     for name, of in {} if painted else {"length": len, "truncated": lambda p: float(p.truncated)}.items():
         if groups:
-            out[name] = over_tasks([sum(map(of, g.paths)) / len(g) for g in groups], share=name == "truncated")
+            single = name == "truncated" and max(map(len, groups)) == 1
+            out[name] = over_tasks([sum(map(of, g.paths)) / len(g) for g in groups], single=single)
         if greedy_groups:
-            out[f"greedy_{name}"] = over_tasks([float(of(g.paths[0])) for g in greedy_groups], share=name == "truncated")
+            out[f"greedy_{name}"] = over_tasks([float(of(g.paths[0])) for g in greedy_groups], single=name == "truncated")
     return out
 
 
@@ -192,14 +198,17 @@ def votes(group: Group) -> list[Any] | None:
     return found if any(a is not None for a in found) else None
 
 
-def over_tasks(values: Sequence[float], *, share: bool = True) -> Score:
-    """The mean over tasks with its interval: Wilson's where every value is 0 or 1, else a bootstrap; NaN tasks are left out."""
+def over_tasks(values: Sequence[float], *, single: bool = False) -> Score:
+    """The mean over tasks with its interval; NaN tasks are left out.
+
+    Wilson's interval where each task has a `single` path and the values are 0 and 1, else a bootstrap.
+    """
     kept = [v for v in values if not math.isnan(v)]
     n = len(kept)
     if n == 0:
         return Score(math.nan, math.nan, math.nan, 0)
     mean = sum(kept) / n
-    if share and all(v in (0.0, 1.0) for v in kept):
+    if single and all(v in (0.0, 1.0) for v in kept):
         return Score(mean, *wilson(sum(kept), n), n)
     return Score(mean, *bootstrap(kept), n)
 
@@ -213,8 +222,8 @@ def wilson(successes: float | int, n: int) -> tuple[float, float]:
 
 
 def bootstrap(values: Sequence[float], *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
-    """The 2.5 and 97.5 % quantiles of the mean under resampling of the values; NaN for a single value."""
-    if len(values) < 2:
+    """The 2.5 and 97.5 % quantiles of the mean under resampling of the values; NaN where they are all the same."""
+    if len(set(values)) < 2:  # resampling the same number again and again says nothing about its spread
         return math.nan, math.nan
     x = torch.tensor(values, dtype=torch.float64)
     g = torch.Generator().manual_seed(seed)

@@ -61,6 +61,22 @@ class Given:
     metrics: tuple[Metric, ...] = ()
 
 
+class Sampled:
+    """How many tokens the policy's sampler has written, whatever became of them."""
+
+    def __init__(self, policy: Any) -> None:
+        self.tokens = 0
+        sampler = getattr(policy, "policy", policy)  # below a world's tools, where every turn is sampled
+        inner = sampler.sample
+
+        def counted(*args: Any, **numbers: Any) -> list[Any]:
+            paths = inner(*args, **numbers)
+            self.tokens += sum(map(len, paths))
+            return paths
+
+        sampler.sample = counted
+
+
 @dataclass
 class Stage:
     """A part of the run that has one recipe, one stream and one grading; it covers the steps begin+1 .. end."""
@@ -103,6 +119,7 @@ class Session:
             list(self.policy.parameters()), lr=0.0, betas=config.fit.betas, weight_decay=config.fit.weight_decay
         )
         self.trackers = [tracker(name, folder.path) for name in config.track.to]
+        self.sampled = Sampled(self.policy)
         self._enter(0)
 
     # -- beginnings ---------------------------------------------------------------------------------------------------
@@ -332,7 +349,8 @@ class Session:
             skip_grad_norm=own.fit.skip_grad_norm,
         )
         while self.step < stage.end:
-            began, before = time.perf_counter(), Counter(self._counted())
+            began, before, written = time.perf_counter(), Counter(self._counted()), self.sampled.tokens
+            failed = Counter(stage.grade.failures)
             try:
                 step, done = next(loop)
             except GruppoError as error:
@@ -340,6 +358,11 @@ class Session:
             seconds, counts = time.perf_counter() - began, self._counted() - before
             self.step, self.seconds = step, self.seconds + seconds
             record = measure(done, step=step, now=time.time(), seconds=seconds, lr=stage.rate(step))
+            if "tokens" in record and not self.buffer:  # those of groups that the rollout threw away were sampled too
+                record["tokens"] = self.sampled.tokens - written
+                record["tokens_per_s"] = record["tokens"] / seconds if seconds > 0 else None
+            if failures := Counter(stage.grade.failures) - failed:
+                record["failures"] = dict(failures)
             if counts:
                 record["counts"] = dict(counts)
             if len(self.stages) > 1:

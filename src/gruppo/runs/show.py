@@ -10,7 +10,7 @@ import math
 import re
 import statistics
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,6 +289,7 @@ class Show:
         self.live: Live | None = None
         self.seconds: deque[float] = deque(maxlen=20)
         self.abstained = 0
+        self.failed: Counter[str] = Counter()  # grades that could not be given, by reason
         self.last: dict[str, Any] = {}
         self.began = time.monotonic()
         self.explained = False
@@ -331,6 +332,10 @@ class Show:
         self.last = dict(record)
         step = int(record["step"])
         self.abstained += int(record.get("abstained") or 0)
+        for why, n in (record.get("failures") or {}).items():
+            if why not in self.failed:
+                self._line(f"step {step}: {n} {'grade' if n == 1 else 'grades'} could not be given: {visible(why)}")
+            self.failed[why] += n
         if isinstance(record.get("seconds"), (int, float)):
             self.seconds.append(float(record["seconds"]))
         loss = record.get("loss")
@@ -380,6 +385,7 @@ class Show:
             *([] if painted else [f"entropy {quantity(r.get('entropy'), '.2f')}", f"length {quantity(r.get('length'), '.1f')}"]),
             f"{quantity(r.get(pace[0]), pace[1])} {pace[2]}",
             f"abstained {self.abstained}",
+            *([f"failed grades {self.failed.total()}"] if self.failed else []),
         ]
         return "  ".join(told)
 
