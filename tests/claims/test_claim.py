@@ -70,9 +70,9 @@ def test_strata_alone_leave_the_choice_of_stratum_where_it_was() -> None:
 @pytest.mark.claim
 def test_stratified_grpo() -> None:
     found = claim(10)
-    assert found.holds, found.verdict
+    assert not found.holds, found.verdict  # the expected gain of 0.2 lies within the interval
+    assert found.interval[0] > 0
     mean = found.table()[-2]
-    assert float(mean["gain"]) > 0.1
     assert abs(float(mean["reward 0.6"]) - float(mean["reward group"])) < 0.02  # the paper's own alpha stays in the trap
     assert float(mean["P(hard) strata"]) == pytest.approx(0.2689, abs=0.01)
     assert float(mean["P(hard) group"]) < 0.05
