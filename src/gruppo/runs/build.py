@@ -42,7 +42,8 @@ def paints(config: RunConfig, model: Any = None) -> bool:
     if isinstance(source, (str, Path)):
         folder = Path(source).expanduser()
         if folder.is_dir():
-            return (folder / "model_index.json").exists()
+            # a pipeline, or an adapter of one in the format of diffusers
+            return any((folder / name).exists() for name in ("model_index.json", "pytorch_lora_weights.safetensors"))
         return not config.recipe.endswith(".pickle") and find(config.recipe).family == "image"
     return isinstance(source, Painter)
 

@@ -100,7 +100,8 @@ def load_painter(
     index = path / "model_index.json"
     if index.is_file():
         name = json.loads(index.read_text()).get("_class_name")
-        return _loader(name, f"{index} names the pipeline")(path, asked)
+        # resolved, because an adapter that is saved later names its pipeline by this path
+        return _loader(name, f"{index} names the pipeline")(path.resolve(), asked)
     if (path / "adapter_config.json").is_file():
         return _merged(path, asked)
     if path.exists() or str(source).startswith((".", "/", "~")) or str(source).count("/") != 1:
