@@ -66,7 +66,7 @@ def test_words_become_ids():
 
 def test_unknown_words_long_prompts_and_other_things_are_sentences():
     painter = small()
-    with pytest.raises(GruppoError, match="'pink', 'cats'.*one two red squares"):
+    with pytest.raises(GruppoError, match=r"'pink', 'cats'.*one two red squares"):
         painter.encode(["two pink cats"])
     with pytest.raises(GruppoError, match="9 words, the painter reads 8"):
         painter.encode(["red " * 9])
@@ -137,7 +137,7 @@ def test_restoring_keeps_the_parameters_and_refuses_another_network(tmp_path):
     assert all(a is b for a, b in zip(held, painter.model.parameters()))
     assert torch.equal(predicted(painter, ["two"]), predicted(other, ["two"]))
     GlyphPainter.fresh(replace(SMALL, layers=2), 0).save(tmp_path / "larger")
-    with pytest.raises(GruppoError, match="another network: blocks.1"):
+    with pytest.raises(GruppoError, match=r"another network: blocks\.1"):
         painter.restore(tmp_path / "larger")
 
 

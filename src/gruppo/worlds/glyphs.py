@@ -3,8 +3,9 @@
     two red squares at the left         three blue circles        one green triangle at the top
 
 A picture is right when everything that was asked holds: that many things, all of that shape and colour, all their centres in
-that half of the picture, on a plain ground. The base model paints things of the asked colour mostly, but the wrong number of them, on the wrong
-side, or of no shape at all. The verifier sees pixels only: things are connected patches that differ from the ground.
+that half of the picture, on a plain ground. The base model knows colours and sides; it paints too few or too many things, runs
+them together, and leaves shapes half done. The verifier sees pixels only: things are connected patches that differ from the
+ground, and a shape is the ideal outline that a patch covers best.
 """
 
 from __future__ import annotations
@@ -172,7 +173,7 @@ def look(pictures: Sequence[Any]) -> list[Seen]:
             mask = label[n] == i
             found.append((n, mask))
             windows.append(window(cover[n], mask))
-        bare = (F.max_pool2d((label[n] > 0).float()[None], 3, 1, 1)[0] == 0)
+        bare = F.max_pool2d((label[n] > 0).float()[None], 3, 1, 1)[0] == 0
         uneven = float(away[n][bare].norm(dim=-1).mean()) if bool(bare.any()) else 1.0
         out.append(specks <= SPECKS and uneven <= UNEVEN)
     shapes = shaped(windows)
@@ -191,7 +192,9 @@ def pixels_of(picture: Any) -> Tensor:
     if not isinstance(picture, Image.Image):
         raise GruppoError(f"this grader looks at pictures, but a path's output is a {type(picture).__name__}")
     if picture.size != (SIDE, SIDE):
-        raise GruppoError(f"this grader looks at pictures of {SIDE} x {SIDE} pixels, this one has {picture.width} x {picture.height}")
+        raise GruppoError(
+            f"this grader looks at pictures of {SIDE} x {SIDE} pixels, this one has {picture.width} x {picture.height}"
+        )
     return torch.from_numpy(np.asarray(picture.convert("RGB"), dtype=np.float32) / 255)
 
 
@@ -389,11 +392,12 @@ class PictureWorld:
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
-            torch._foreach_lerp_(kept, [w.detach() for w in weights], 1 - min(own.average, step / (step + 10)))
+            for mean, weight in zip(kept, weights):
+                mean.lerp_(weight.detach(), 1 - min(own.average, step / (step + 10)))
             if step % 50 == 0 or step == steps:
                 log(f"{self.name} step {step}/{steps} loss {loss.item():.4f}")
-        with torch.no_grad():
-            torch._foreach_copy_(weights, kept)
+        for mean, weight in zip(kept, weights):
+            weight.data.copy_(mean)
         model.eval()
 
     def _lessons(self, seed: int, step: int) -> tuple[list[Image.Image], list[str]]:
@@ -410,7 +414,7 @@ class PictureWorld:
 
 GLYPHS = PictureWorld(
     name="glyphs",
-    sentence="pictures of 1 to 3 coloured shapes; the base model gets the number, the shape or the side wrong",
+    sentence="pictures of 1 to 3 coloured shapes; the base model gets the number or the shape wrong",
     problem=problem,
     key=key,
     draw=draw,
@@ -418,7 +422,7 @@ GLYPHS = PictureWorld(
     weights={"correct": 1.0},
     base=Path(__file__).parent / "glyphs_base",
     config=GlyphConfig(words=WORDS),
-    course=Training(steps=1300),
+    course=Training(steps=1900),
     defaults={
         "policy": {"denoising_steps": 8},
         "fit": {"steps": 45, "prompts_per_step": 6, "paths_per_prompt": 16, "learning_rate": 2e-4},
