@@ -96,6 +96,13 @@ def test_a_conversation_without_a_truth_changes_nothing() -> None:
         fit_adjustment(torch.zeros(2, 2), named, named)
 
 
+def test_a_truth_that_the_conversation_named_is_none() -> None:
+    scores, truths = torch.tensor([[2.0, 1, 0], [9, 0, 1]]), torch.tensor([[False, True, False], [True, False, False]])
+    named = torch.tensor([[False, False, False], [True, False, False]])
+    one, two = fit_adjustment(scores[:1], truths[:1], named[:1]), fit_adjustment(scores, truths, named)
+    assert all(torch.equal(a, b) for a, b in zip(one, two))
+
+
 def test_scores_that_are_no_numbers_are_refused() -> None:
     with pytest.raises(GruppoError, match="1 scores are not finite"):
         fit_adjustment(torch.tensor([[float("nan"), 1]]), torch.tensor([[True, False]]), torch.zeros(1, 2, dtype=torch.bool))

@@ -21,6 +21,7 @@ def test_ranks_by_themselves_learn_the_tail() -> None:
 
 
 @pytest.mark.claim
+@pytest.mark.timeout(1200)  # type checks during tests make the ten seconds of the command line minutes
 def test_shared_items_make_exp_inf_no_winner() -> None:
     """What the paper's tables do not show: a reward that ignores later ranks ends below one reward per list."""
     found = duplicates(5)
