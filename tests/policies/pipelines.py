@@ -155,6 +155,20 @@ def sd1(**scheduler: Any) -> Any:
     )  # fmt: skip
 
 
+def auraflow() -> Any:
+    """The pipeline of the example in docs/painters.md."""
+    from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+
+    network = AuraFlowTransformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_mmdit_layers=1, num_single_dit_layers=1,
+        attention_head_dim=8, num_attention_heads=4, joint_attention_dim=32, caption_projection_dim=32, pos_embed_max_size=64,
+    )  # fmt: skip
+    return AuraFlowPipeline(
+        tokenizer=tokenizer(), text_encoder=t5(kind="UMT5EncoderModel"), vae=kl(4, scaling_factor=0.13), transformer=network,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+    )  # fmt: skip
+
+
 PIPELINES: dict[str, Callable[[], Any]] = {"sd3": sd3, "flux": flux, "qwen": qwen, "wan": wan, "sd1": sd1}
 
 

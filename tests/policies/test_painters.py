@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from functools import partial
 from pathlib import Path as FilePath
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.policies.pipelines import PIPELINES, flux, sd1, sd3, tiny, wan
+from tests.policies.pipelines import PIPELINES, auraflow, flux, sd1, sd3, tiny, wan
 from torch import Tensor
 
 from gruppo.core.collate import collate
@@ -406,6 +407,48 @@ def test_stable_diffusion_1_is_walked_with_ddim_whatever_its_scheduler(folders: 
 def test_every_timestep_is_found_from_its_noise_level_in_float32(folders: dict[str, FilePath]) -> None:
     painter = painter_of("sd1", folders["sd1"])
     assert painter.timestep(painter.levels.float()).tolist() == list(range(1000))
+
+
+def test_the_example_of_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/painters.md adds a pipeline; it paints what that pipeline paints, guided and not, decodes and trains."""
+    text = (FilePath(__file__).parents[2] / "docs" / "painters.md").read_text()
+    (code,) = (part for part in re.findall(r"```python\n(.*?)```", text, re.S) if "class " in part)
+    monkeypatch.setitem(PAINTERS, "AuraFlowPipeline", PAINTERS["FluxPipeline"])  # given back afterwards
+    exec(code, {"__name__": "example"})
+    painter = painter_of("auraflow", tiny(auraflow))
+    same_as_pipeline("auraflow", painter, CFG(1.0))
+    assert painter.cfg == CFG(3.5)
+    same_as_pipeline("auraflow", painter, painter.cfg)
+    picture = FlowPolicy(painter, steps=STEPS).sample(PROMPTS[:1], g=seeded(1))[0].output
+    assert picture.size == (24, 16)
+    adapted(painter)
+    trained(painter, painter.cfg)
+
+
+def test_the_table_of_the_docs_names_every_pipeline() -> None:
+    text = (FilePath(__file__).parents[2] / "docs" / "painters.md").read_text()
+    named = [line.split("`")[1] for line in text.splitlines() if line.startswith("| `") and "Pipeline`" in line]
+    assert sorted(named) == sorted(PAINTERS)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_half_precision_trains_what_it_samples(name: str, folders: dict[str, FilePath]) -> None:
+    """bfloat16 network and text encoders, float32 latents and autoencoder."""
+    painter, full = (painter_of(name, folders[name], dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
+    assert painter.dtype == painter.pipeline.text_encoder.dtype == torch.bfloat16
+    assert painter.pipeline.vae.dtype == torch.float32
+    near = torch.nn.functional.cosine_similarity(prediction(painter).flatten().float(), prediction(full).flatten(), 0)
+    assert float(near) > 0.99
+    adapted(painter)
+    policy = FlowPolicy(painter, steps=STEPS)
+    group = group_of(policy)
+    assert policy.decode(group.paths[0].steps[-1:])
+    batch = collate([group])
+    loss = loss_of(policy, batch)
+    loss.backward()
+    assert all(p.dtype == torch.float32 for p in policy.parameters())  # an adapter's steps of 1e-4 would be rounded away
+    assert any(p.grad is not None and bool(p.grad.any()) for p in policy.parameters())
+    torch.testing.assert_close(policy.evaluate(batch).logp[batch.mask].detach(), batch.logp_old[batch.mask], atol=2e-2, rtol=0)
 
 
 # -- what is refused ----------------------------------------------------------------------------------------------------------
