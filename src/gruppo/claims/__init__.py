@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 
-from gruppo.claims import gdpo, multi_objective, pref_grpo, rank_grpo, rec, seed_grpo, stratified_grpo, unlikeliness, xrpo
+from gruppo.claims import flow, gdpo, multi_objective, pref_grpo, rank_grpo, rec, seed_grpo, stratified_grpo, unlikeliness, xrpo
 from gruppo.claims.claim import Claim, Measure
 from gruppo.recipes import find
 from gruppo.types import GruppoError
@@ -26,6 +26,10 @@ CLAIMS: dict[str, Measure] = {
     "red-weight": rec.weighted,
     "multi-objective-grpo": multi_objective.claim,
     "gdpo": gdpo.claim,
+    "flow-grpo": flow.noise,
+    "dance-grpo": flow.one_noise,
+    "mix-grpo": flow.window,
+    "mix-grpo/third": flow.third,
     "pref-grpo": pref_grpo.claim,
     "pref-grpo/noise": pref_grpo.noise,
 }

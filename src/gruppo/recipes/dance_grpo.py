@@ -23,6 +23,9 @@ that predict epsilon (SD 1.x) the step is DDIM with noise (`ddim` = its eta).
 | a reward that fails | abstains: the path is left out | not said | -1 |
 | KL | none | none | none |
 
+At toy scale (`gruppo claim dance-grpo`, 5 seeds) one first noise per prompt raises the signal-to-noise ratio of the steps'
+gradients 4.0 [3.3, 4.8] times, with eta .3; it is the steps' own noise that is compared then.
+
 Hyper-parameters: n 12, eta .3, tau .6, clip 1e-4, lr 1e-5, 4 updates, 25 steps (16 in the FLUX script), shift 3. The clip range
 goes with the mean over some 1e5 elements.
 
