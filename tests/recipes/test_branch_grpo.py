@@ -36,7 +36,7 @@ from gruppo.recipes.branch_grpo import (
 )
 from gruppo.recipes.golden_flow import QUADRANTS, flow_grading, task, tiny_flow
 from gruppo.rollouts.trajectories import everywhere
-from gruppo.rollouts.tree import Correlated, Scaled, Tree
+from gruppo.rollouts.tree import Correlated, EveryThird, Scaled, Tree
 from gruppo.train import iterate
 from gruppo.types import Group, GruppoError, Path, Task
 
@@ -263,10 +263,10 @@ def test_pruning_comes_after_normalising() -> None:
 
 
 def test_the_depth_window_moves_up_and_stops_at_the_last_split() -> None:
-    window = DepthWindow(4, every=30, stop=9)
+    window = DepthWindow(4, every=30)
     seen = {}
     for i in range(400):
-        seen.setdefault(tuple(window.steps(20)), i)
+        seen.setdefault(tuple(window.steps(20, stop=9)), i)
         window.update([])
     assert seen[16, 17, 18, 19] == 0
     assert seen[15, 16, 17, 18] == 30
@@ -318,7 +318,10 @@ def test_what_it_changes() -> None:
     made = recipe("branch-grpo")
     assert set(difference(made, recipe("flow-grpo", clip=1e-3, beta=0.0))) == {"rollout", "advantage", "reduce", "across"}
     assert isinstance(made.rollout, Tree)
-    assert made.rollout.splits == (0, 3, 6, 9)
+    assert made.rollout.splits == EveryThird(4)
+    assert EveryThird(4)(20) == EveryThird(4)(11) == (0, 3, 6, 9)
+    assert EveryThird(4)(10) == EveryThird(4)(8) == (0, 2, 4, 6)
+    assert EveryThird(4)(5) == (0, 1, 2, 3)
     assert made.rollout.n == 16
     assert made.rollout.noise == Correlated(4.0)
     assert set(difference(recipe("branch-grpo-mix"), made)) == {"rollout"}
@@ -329,12 +332,14 @@ def test_what_it_changes() -> None:
 
 def test_leaves_and_splits_must_fit() -> None:
     assert branch_grpo(8).rollout.n == 8  # type: ignore[attr-defined]
-    assert branch_grpo(9, fan=3).rollout.splits == (0, 3)  # type: ignore[attr-defined]
-    with pytest.raises(GruppoError, match="paths_per_prompt is 12, but 4 splits into 2 make 16 leaves"):
+    assert branch_grpo(9, fan=3).rollout.splits == EveryThird(2)  # type: ignore[attr-defined]
+    with pytest.raises(GruppoError, match="paths_per_prompt is 12, but its splits into 2 make 16 leaves"):
         branch_grpo(12)
-    with pytest.raises(GruppoError, match="paths_per_prompt is 16, but 2 splits into 2 make 4 leaves"):
+    with pytest.raises(GruppoError, match="paths_per_prompt is 16, but its splits into 2 make 4 leaves"):
         branch_grpo(splits=[0, 1])
     with pytest.raises(GruppoError, match="every split has 1 children"):
         branch_grpo(fan=1)
     with pytest.raises(GruppoError, match="the depth window is 0 wide"):
         branch_grpo(depth=0)
+    with pytest.raises(GruppoError, match="is to split 4 times, but a grid of 4 steps has room for 3"):
+        grown(branch_grpo().rollout, 4)  # type: ignore[arg-type]

@@ -72,37 +72,59 @@ class Scaled:
 
 
 @dataclass(frozen=True)
+class EveryThird:
+    """`count` splits at 0, 3, 6, ...; closer to one another where the grid is too short for that."""
+
+    count: int
+
+    def __call__(self, T: int) -> tuple[int, ...]:
+        apart = 3 if self.count == 1 else min(3, (T - 2) // (self.count - 1))  # the last step draws nothing
+        if apart < 1:
+            raise GruppoError(f"the tree is to split {self.count} times, but a grid of {T} steps has room for {max(0, T - 1)}")
+        return tuple(range(0, self.count * apart, apart))
+
+
+Splits = tuple[int, ...] | EveryThird
+
+
+def placed(splits: Splits, T: int) -> tuple[int, ...]:
+    """The steps of a grid of T at which a tree splits."""
+    return splits(T) if isinstance(splits, EveryThird) else splits
+
+
+@dataclass(frozen=True)
 class AtSplits:
     """Noise at the splits and in a window of steps, none elsewhere (BranchGRPO-Mix)."""
 
-    splits: tuple[int, ...]
+    splits: Splits
     begin: int = 0
     width: int = 4
 
     def __call__(self, T: int, g: torch.Generator) -> list[int]:
-        return sorted({*self.splits, *range(self.begin, min(self.begin + self.width, T))})
+        return sorted({*placed(self.splits, T), *range(self.begin, min(self.begin + self.width, T))})
 
 
 @dataclass(frozen=True)
 class Tree:
-    """One tree per prompt, all of one step's prompts grown together; fan ** len(splits) leaves."""
+    """One tree per prompt, all of one step's prompts grown together; every split multiplies the leaves by `fan`."""
 
-    splits: tuple[int, ...]
+    splits: Splits
     fan: int = 2
     kernel: Kernel = DANCE_SDE
     noise: SplitNoise = CORRELATED
     noisy: Noisy = but_last
 
     def __post_init__(self) -> None:
-        if not self.splits or list(self.splits) != sorted(set(self.splits)) or self.splits[0] < 0 or self.fan < 2:
+        at = placed(self.splits, 10**6)
+        if not at or list(at) != sorted(set(at)) or at[0] < 0 or self.fan < 2:
             raise GruppoError(
-                f"the tree splits into {self.fan} at the steps {self.splits}; it needs at least one step, in ascending order, "
+                f"the tree splits into {self.fan} at the steps {at}; it needs at least one step, in ascending order, "
                 "and at least 2 children, because a path is only ever compared with its siblings"
             )
 
     @property
     def n(self) -> int:
-        return self.fan ** len(self.splits)
+        return self.fan ** len(placed(self.splits, 10**6))
 
     def __call__(self, policy: Any, tasks: Any, grade: Grade, rng: torch.Generator) -> list[Group]:
         tasks = list(tasks)
@@ -110,13 +132,14 @@ class Tree:
         T = len(sigmas) - 1
         noisy = list(self.noisy(T, rng))
         full = Course.of(None, sigmas, policy.fitting(self.kernel), noisy)
-        still = [t for t in self.splits if t >= T or not bool(full.stochastic[t])]
+        splits = placed(self.splits, T)
+        still = [t for t in splits if t >= T or not bool(full.stochastic[t])]
         if still:
             raise GruppoError(
                 f"the tree splits at step {still[0]}, but of the grid's {T} steps only "
                 f"{full.stochastic.nonzero()[:, 0].tolist()} draw noise; the children would all be the same"
             )
-        xs, logps = self.grow(policy, [t.prompt for t in tasks], full, rng)
+        xs, logps = self.grow(policy, [t.prompt for t in tasks], full, splits, rng)
         images = policy.decode(xs[-1].flatten(0, 1))
         xs, logps = [x.cpu() for x in xs], [logp.cpu() for logp in logps]
         return grade(
@@ -127,7 +150,9 @@ class Tree:
         )
 
     @torch.no_grad()
-    def grow(self, policy: Any, prompts: Sequence[Any], full: Course, g: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
+    def grow(
+        self, policy: Any, prompts: Sequence[Any], full: Course, splits: Sequence[int], g: torch.Generator
+    ) -> tuple[list[Tensor], list[Tensor]]:
         """Latents [P, R_t, ...] at every depth and log-probabilities [P, R_t+1] of the steps between.
 
         Row r at depth t comes from row r % R_t-1 at depth t - 1: first children keep their parent's row, second ones follow.
@@ -142,7 +167,7 @@ class Tree:
             v = policy.velocity(x, a, [p for p in prompts for _ in range(R)], counted="sampled")
             mean = self.kernel.mean(x, v, a, b, s)
             std = self.kernel.deviation(a, b, s)
-            fan = self.fan if t in self.splits else 1
+            fan = self.fan if t in splits else 1
             if fan > 1:
                 eps = self.noise(rows, fan, shape, g)
             else:  # a node with one child
