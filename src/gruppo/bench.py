@@ -1,0 +1,408 @@
+"""What a training step costs beside TRL's GRPOTrainer, on equal work: `python -m gruppo.bench`.
+
+Both sides get the same weights (a random Qwen3 of 4 layers, width 256, float32, one thread), prompts, completions, advantages
+and micro-batches, and train on the same clipped objective. Before anything is timed their log-probabilities, losses and
+gradients are compared; a difference above 1e-5 stops the benchmark. Two phases are timed, in alternation in one process:
+
+    score   reading log-probabilities without gradient        TRL: `_get_per_token_logps_and_entropies`   here: `score`
+    train   loss and backward of the whole batch              TRL: `_compute_loss` and backward           here: `accumulate`
+
+Times are seconds of CPU of the one thread, which other programs on the machine disturb less than wall time. The limit is the
+number of operations that the step needs with every shared token computed once, divided by the rate of a large matrix product
+measured in each round. Peak memory is the growth of the resident set over the loaded model, in a fresh process per figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path as Folder
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gruppo.core.collate import collate
+from gruppo.core.reduce import weigh
+from gruppo.policies import prefix
+from gruppo.policies.token import TokenPolicy
+from gruppo.recipes import recipe
+from gruppo.train import accumulate
+from gruppo.types import Batch, Group, GruppoError, Path, Task
+from gruppo.worlds.tokenizer import tokenizer
+
+G = 8
+METHOD = recipe("grpo", n=G, beta=0.0)
+
+
+@dataclass(frozen=True)
+class Work:
+    """`prompts` groups of G completions of `low` to `high` tokens; a micro-batch is one group."""
+
+    prompts: int
+    prompt: int
+    low: int
+    high: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.prompt}/{self.low}" + (f"..{self.high}" if self.high > self.low else "")
+
+    @property
+    def budget(self) -> int:
+        """Tokens of one micro-batch: what TRL's takes with padding."""
+        return G * (self.prompt + self.high)
+
+
+WORKS = {w.name: w for w in (Work(1, 128, 64, 64), Work(4, 128, 16, 256), Work(1, 1024, 32, 32), Work(1, 2048, 32, 32))}
+
+
+def network() -> Any:
+    """A random Qwen3 of 3.4 million parameters; the same weights each time."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    size = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 64, "vocab_size": 512}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    marks = {"pad_token_id": tokenizer().pad_token_id, "eos_token_id": tokenizer().eos_token_id, "bos_token_id": None}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return Qwen3ForCausalLM(Qwen3Config(**size, **heads, **marks, tie_word_embeddings=True)).eval()
+
+
+def rows(work: Work) -> list[Group]:
+    """Random tokens and advantages, the same each time; the longest completion has the full length."""
+    g = torch.Generator().manual_seed(1)
+    groups = []
+    for _ in range(work.prompts):
+        p = torch.randint(0, 256, (work.prompt,), generator=g)
+        lengths = torch.randint(work.low, work.high + 1, (G,), generator=g)
+        lengths[0] = work.high
+        steps = [torch.randint(0, 256, (int(n),), generator=g) for n in lengths]
+        paths = [Path(p, s, torch.zeros(len(s)), torch.ones(len(s), dtype=torch.bool)) for s in steps]
+        advantage = torch.randn(G, generator=g)[:, None].expand(G, int(lengths.max()))
+        groups.append(Group(Task(p), paths, advantage=advantage))
+    return groups
+
+
+class Here:
+    """gruppo's side."""
+
+    name = "gruppo"
+
+    def __init__(self, work: Work, sharing: prefix.Rates | None = prefix.MEASURED) -> None:
+        self.work, self.groups = work, rows(work)
+        self.paths = [p for g in self.groups for p in g.paths]
+        self.policy = TokenPolicy(network(), tokenizer(), sharing=sharing)
+        self.model = self.policy.model
+
+    def score(self) -> list[Tensor]:
+        return self.policy.score(self.paths, budget=self.work.budget)
+
+    def given(self, old: list[Tensor]) -> Batch:
+        """The batch with these behaviour log-probabilities."""
+        per = iter(replace(p, logp=s) for p, s in zip(self.paths, old))
+        groups = [g.with_(paths=[next(per) for _ in g.paths]) for g in self.groups]
+        return weigh(collate(groups), METHOD.reduce)
+
+    def train(self, batch: Batch) -> float:
+        self.model.zero_grad(set_to_none=True)
+        return accumulate(self.policy, batch, METHOD, ref=None, budget=self.work.budget)["loss"]
+
+
+class There:
+    """TRL's side: its own trainer, scoring and loss."""
+
+    name = "TRL"
+
+    def __init__(self, work: Work, folder: Folder) -> None:
+        try:
+            import trl
+        except ImportError as error:
+            raise GruppoError("the benchmark compares with TRL: pip install 'gruppo[parity]'") from error
+        from datasets import Dataset
+
+        made: Any = trl  # its names are resolved lazily
+        self.work, self.groups = work, rows(work)
+        network().save_pretrained(folder / "model")
+        quiet: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
+        quiet |= {"activation_checkpointing": False, "save_strategy": "no", "output_dir": str(folder / "out")}
+        size: dict[str, Any] = {"per_device_train_batch_size": G, "num_generations": G, "max_completion_length": work.high}
+        size |= {"gradient_accumulation_steps": work.prompts, "num_iterations": 2, "loss_type": "grpo", "beta": 0.0}
+        with contextlib.redirect_stdout(sys.stderr):
+            self.trainer: Any = made.GRPOTrainer(
+                str(folder / "model"),
+                lambda completions, **_: [0.0] * len(completions),
+                made.GRPOConfig(**quiet, **size),
+                Dataset.from_dict({"prompt": ["a"]}),
+                processing_class=tokenizer(),
+            )
+        self.trainer.current_gradient_accumulation_steps = work.prompts
+        self.model = self.trainer.model
+        self.model.train()
+        paths = [p for g in self.groups for p in g.paths]
+        here = torch.arange(work.high) < torch.tensor([len(p) for p in paths])[:, None]
+        ids = torch.full(here.shape, int(tokenizer().pad_token_id))  # pyright: ignore[reportArgumentType]
+        ids[here] = torch.cat([p.steps for p in paths])
+        prompt = torch.stack([p.prompt for p in paths])
+        self.inputs = {
+            "prompt_ids": prompt,
+            "prompt_mask": torch.ones_like(prompt),
+            "completion_ids": ids,
+            "completion_mask": here.long(),
+            "advantages": torch.cat([g.advantage[:, 0] for g in self.groups if g.advantage is not None]),
+            "num_items_in_batch": here.sum(),
+        }
+
+    @torch.no_grad()
+    def score(self) -> list[Tensor]:
+        some = self.inputs
+        ids = torch.cat([some["prompt_ids"], some["completion_ids"]], 1)
+        mask = torch.cat([some["prompt_mask"], some["completion_mask"]], 1)
+        logp, _, _ = self.trainer._get_per_token_logps_and_entropies(self.model, ids, mask, self.work.high, G)
+        return [row[m.bool()] for row, m in zip(logp, some["completion_mask"])]
+
+    def given(self, old: list[Tensor]) -> dict[str, Tensor]:
+        """The inputs with these behaviour log-probabilities."""
+        wide = torch.zeros(self.inputs["completion_ids"].shape)
+        wide[self.inputs["completion_mask"].bool()] = torch.cat(old)
+        return {**self.inputs, "old_per_token_logps": wide}
+
+    def train(self, inputs: dict[str, Tensor]) -> float:
+        self.model.zero_grad(set_to_none=True)
+        total = 0.0
+        for at in range(0, G * self.work.prompts, G):
+            some = {k: v[at : at + G] if v.dim() else v for k, v in inputs.items()}
+            loss = self.trainer._compute_loss(self.model, some)
+            loss.backward()
+            total += float(loss.detach())
+        return total
+
+
+def gradient(model: Any) -> dict[str, Tensor]:
+    """The gradient by parameter name."""
+    return {n.removeprefix("module."): p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def refuse_difference(a: Here, b: There, old: list[Tensor]) -> dict[str, float]:
+    """The largest differences of both sides' numbers; a sentence when they do not do the same work."""
+    logp = max(float((x - y).abs().max()) for x, y in zip(a.score(), b.score()))
+    loss = abs(a.train(a.given(old)) - b.train(b.given(old)))
+    mine, theirs = gradient(a.model), gradient(b.model)
+    if mine.keys() != theirs.keys():
+        raise GruppoError(f"gradients of {len(mine)} and {len(theirs)} parameters; they must be the same ones")
+    off = sum(float((mine[n] - theirs[n]).square().sum()) for n in mine) ** 0.5
+    off /= sum(float(g.square().sum()) for g in theirs.values()) ** 0.5
+    found = {"logp": logp, "loss": loss, "gradient": off}
+    if not max(found.values()) <= 1e-5:
+        raise GruppoError(f"{a.work.name}: the two sides differ: {found}; nothing was timed")
+    return found
+
+
+def operations(work: Work) -> dict[str, float]:
+    """Operations of each phase with every shared token computed once: weights, attention, head."""
+    model = network()
+    paths = [p for g in rows(work) for p in g.paths]
+    where = torch.arange(work.high) < torch.tensor([len(p) for p in paths])[:, None]
+    plain = prefix.Cost.of(model, prefix.Rates(pair=1.0, call=0.0, touch=0.0))
+    plan = prefix.plan([p.prompt for p in paths], [p.steps for p in paths], where, plain, least=1)
+    head = 2 * model.config.hidden_size * model.config.vocab_size * len(plan.at)
+    forward = plain.packed(plan.layout, "lse") + head
+    return {"score": forward, "train": 3 * forward, "tokens": float(plan.layout.total), "steps": float(where.sum())}
+
+
+def gemm() -> float:
+    """Operations per second of one large matrix product, the best of a few."""
+    x, w = torch.randn(1024, 256), torch.randn(768, 256)
+
+    def once() -> None:
+        for _ in range(20):
+            torch.mm(x, w.T)
+
+    once()
+    return 20 * 2 * x.numel() * len(w) / min(seconds(once) for _ in range(5))
+
+
+def seconds(f: Callable[[], Any]) -> float:
+    """CPU seconds of a call."""
+    start = time.process_time()
+    f()
+    return time.process_time() - start
+
+
+def compare(work: Work, rounds: int, peaks: bool) -> dict[str, Any]:
+    """One row of the table."""
+    with tempfile.TemporaryDirectory() as folder:
+        a, b = Here(work), There(work, Folder(folder))
+        old = [logp + 0.05 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(2)) for logp in b.score()]
+        apart = refuse_difference(a, b, old)
+        inputs: dict[str, Any] = {side.name: side.given(old) for side in (a, b)}
+        run: dict[str, Any] = {side.name: side.train for side in (a, b)}
+        spent: dict[str, dict[str, list[float]]] = {s.name: {"score": [], "train": []} for s in (a, b)}
+        rate = []
+        for n in range(rounds):
+            rate.append(gemm())
+            for side in (a, b) if n % 2 else (b, a):
+                spent[side.name]["score"].append(seconds(side.score))
+                spent[side.name]["train"].append(seconds(lambda name=side.name: run[name](inputs[name])))
+    need = operations(work)
+    for times in spent.values():
+        times["both"] = [x + y for x, y in zip(times["score"], times["train"])]
+    need["both"] = need["score"] + need["train"]
+    out: dict[str, Any] = {"work": work.name, "groups": work.prompts, "rounds": rounds, "apart": apart, "gemm": median(rate)}
+    for phase in ("score", "train", "both"):
+        ratio = [y / x for x, y in zip(spent[a.name][phase], spent[b.name][phase])]
+        limit = need[phase] / out["gemm"]
+        ms = {s: 1000 * median(t[phase]) for s, t in spent.items()}
+        out[phase] = {
+            "ms": ms,
+            "ratio": [median(ratio), min(ratio), max(ratio)],
+            "of_limit": {s: 1000 * limit / t for s, t in ms.items()},
+            "completion_tokens_per_s": {s: 1000 * need["steps"] / t for s, t in ms.items()},
+        }
+    if peaks:
+        out["peak_mb"] = {side: peak_of(side, work) for side in ("gruppo", "TRL")}
+    return out
+
+
+def peak_of(side: str, work: Work) -> float:
+    """Megabytes that `train` adds to the resident set at its peak, in a process of its own."""
+    command = [sys.executable, "-m", "gruppo.bench", "--peak", side, "--work", work.name]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise GruppoError(f"measuring the memory of {side} failed: {done.stderr.strip().splitlines()[-1:]}")
+    return float(done.stdout.strip().splitlines()[-1])
+
+
+def peak(side: str, work: Work) -> float:
+    """The same, in this process (Linux)."""
+    with tempfile.TemporaryDirectory() as folder:
+        one = Here(work) if side == "gruppo" else There(work, Folder(folder))
+        small = replace(work, prompts=1, prompt=16, low=4, high=4)  # what the first call loads is not the step's
+        first = Here(small) if side == "gruppo" else There(small, Folder(folder) / "small")
+        first.train(first.given(first.score()))  # pyright: ignore[reportArgumentType]
+        if isinstance(one, Here):  # the comparison before the first use reads a piece, once per run
+            one.policy._compared |= {"lse", "two"}
+        inputs = one.given([torch.full((len(p),), -6.0) for g in one.groups for p in g.paths])
+        Folder("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = _status("VmHWM")
+        one.train(inputs)  # pyright: ignore[reportArgumentType]
+        return (_status("VmHWM") - before) / 1024
+
+
+def _status(name: str) -> int:
+    return next(int(line.split()[1]) for line in Folder("/proc/self/status").read_text().splitlines() if line.startswith(name))
+
+
+def profile(work: Work, rounds: int = 3) -> list[tuple[str, float]]:
+    """Where `train` spends its time: operations and their share of CPU time, the largest first."""
+    side = Here(work)
+    batch = side.given(side.score())
+    side.train(batch)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        for _ in range(rounds):
+            side.train(batch)
+    events = [(e.key, float(e.self_cpu_time_total)) for e in seen.key_averages()]
+    total = sum(t for _, t in events)
+    return sorted(((k, t / total) for k, t in events), key=lambda e: -e[1])[:12]
+
+
+def table(found: list[dict[str, Any]], profiles: dict[str, list[tuple[str, float]]]) -> str:
+    """The Markdown page."""
+    head = found[0]
+    lines = [
+        "# Training beside TRL's GRPOTrainer",
+        "",
+        f"`python -m gruppo.bench`; Qwen3 of 3.4 M parameters, float32, one thread, G = {G}, "
+        f"{head['rounds']} alternating rounds, torch {torch.__version__}, {platform.processor() or platform.machine()}, "
+        f"matrix products at {head['gemm'] / 1e9:.0f} GFLOP/s.",
+        "",
+        "Equal work: the same weights, tokens, advantages and micro-batches; log-probabilities, loss and gradient agree to",
+        f"{max(max(r['apart'].values()) for r in found):.0e} before anything is timed. Times are CPU seconds of one thread. "
+        "*Limit*: the operations of the step with every",
+        "shared token computed once, at the measured rate of a large matrix product. *Peak*: memory that one step adds.",
+        "",
+        "| prompt/completion | groups | phase | TRL ms | gruppo ms | TRL / gruppo (min..max) | completion tokens/s | of limit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for r in found:
+        for phase in ("score", "train", "both"):
+            p = r[phase]
+            lines.append(
+                f"| {r['work']} | {r['groups']} | {phase} | {p['ms']['TRL']:.0f} | {p['ms']['gruppo']:.0f} | "
+                f"{p['ratio'][0]:.2f} ({p['ratio'][1]:.2f}..{p['ratio'][2]:.2f}) | "
+                f"{p['completion_tokens_per_s']['gruppo']:.0f} (TRL {p['completion_tokens_per_s']['TRL']:.0f}) | "
+                f"{p['of_limit']['gruppo']:.2f} (TRL {p['of_limit']['TRL']:.2f}) |"
+            )
+    if any("peak_mb" in r for r in found):
+        lines += ["", "| prompt/completion | TRL peak MB | gruppo peak MB | gruppo / TRL |", "|---|---|---|---|"]
+        for r in (r for r in found if "peak_mb" in r):
+            mb = r["peak_mb"]
+            lines.append(f"| {r['work']} | {mb['TRL']:.0f} | {mb['gruppo']:.0f} | {mb['gruppo'] / mb['TRL']:.2f} |")
+    lines += ["", "![TRL / gruppo](train.svg)", ""]
+    for name, rows_of in profiles.items():
+        lines += [f"Where gruppo's `train` spends its time at {name}:", "", "| operation | share |", "|---|---|"]
+        lines += [f"| `{key}` | {share:.2f} |" for key, share in rows_of] + [""]
+    return "\n".join(lines)
+
+
+def draw(found: list[dict[str, Any]], file: Folder) -> None:
+    """Bars of the ratio per work and phase, with the spread over rounds."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axes = figure.subplots()
+    for n, phase in enumerate(("score", "train")):
+        middle, low, high = zip(*(r[phase]["ratio"] for r in found))
+        at = [i + 0.38 * (n - 0.5) for i in range(len(found))]
+        error = [[m - lo for m, lo in zip(middle, low)], [hi - m for m, hi in zip(middle, high)]]
+        axes.bar(at, middle, 0.36, yerr=error, capsize=3, label=phase, color=("#8fb3d9", "#2b5c8a")[n])
+    axes.axhline(1, color="black", linewidth=0.8)
+    axes.set_xticks(range(len(found)), [r["work"] for r in found])
+    axes.set_ylabel("times as fast as TRL")
+    axes.set_xlabel("prompt / completion tokens")
+    axes.legend(frameon=False)
+    figure.savefig(file)
+
+
+def main() -> None:
+    """Run the works, print the table, write docs/bench."""
+    parser = argparse.ArgumentParser(prog="python -m gruppo.bench", description="Training beside TRL on equal work.")
+    parser.add_argument("--work", action="append", choices=WORKS, help="may be given several times; default: all")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--out", type=Folder, default=None, help="folder for the page, the plot and the numbers")
+    parser.add_argument("--no-memory", action="store_true")
+    parser.add_argument("--no-profile", action="store_true")
+    parser.add_argument("--peak", choices=("gruppo", "TRL"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore", FutureWarning)
+    works = [WORKS[name] for name in given.work or WORKS]
+    if given.peak:
+        print(peak(given.peak, works[0]))
+        return
+    found = []
+    for work in works:
+        found.append(compare(work, given.rounds, not given.no_memory))
+        print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+    profiles = {} if given.no_profile else {w.name: profile(w) for w in works[:1]}
+    page = table(found, profiles)
+    print(page)
+    if given.out:
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "train.md").write_text(page)
+        (given.out / "train.json").write_text(json.dumps({"rows": found, "profile": profiles}, indent=1) + "\n")
+        draw(found, given.out / "train.svg")
+
+
+if __name__ == "__main__":
+    main()
