@@ -7,7 +7,21 @@ from __future__ import annotations
 
 import difflib
 
-from gruppo.claims import flow, gdpo, multi_objective, pref_grpo, rank_grpo, rec, seed_grpo, stratified_grpo, unlikeliness, xrpo
+from gruppo.claims import (
+    branch_grpo,
+    flow,
+    g2rpo,
+    gdpo,
+    multi_objective,
+    pref_grpo,
+    rank_grpo,
+    rec,
+    seed_grpo,
+    stratified_grpo,
+    tempflow_grpo,
+    unlikeliness,
+    xrpo,
+)
 from gruppo.claims.claim import Claim, Measure
 from gruppo.recipes import find
 from gruppo.types import GruppoError
@@ -32,6 +46,12 @@ CLAIMS: dict[str, Measure] = {
     "mix-grpo/third": flow.third,
     "pref-grpo": pref_grpo.claim,
     "pref-grpo/noise": pref_grpo.noise,
+    "tempflow-grpo": tempflow_grpo.claim,
+    "tempflow-grpo/weight": tempflow_grpo.weight,
+    "tempflow-grpo/alone": tempflow_grpo.alone,
+    "g2rpo": g2rpo.claim,
+    "g2rpo/exact": g2rpo.exact,
+    "branch-grpo": branch_grpo.claim,
 }
 
 

@@ -186,13 +186,14 @@ class Tree:
     def group(self, task: Task, full: Course, xs: list[Tensor], logps: list[Tensor], images: list[Any]) -> Group:
         """One prompt's leaves as paths; each shared transition is trained by the first row that has it."""
         course = replace(full, prompt=task.prompt)
+        free = course.stochastic
         paths = []
         for r in range(self.n):
             steps = torch.stack([x[r % len(x)] for x in xs])
             logp = torch.stack([p[r % len(p)] for p in logps])
             own = next((t for t, p in enumerate(logps) if len(p) > r), 0)  # where this row comes into being
             fork = None if r == 0 else (r % len(xs[own]), own)
-            paths.append(Path(course, steps, logp, course.stochastic.clone(), images[r], fork))
+            paths.append(Path(course, steps, logp, free.clone(), images[r], fork))
         group = Group(task, paths)
         once = owners(group.edges(), group.mask)
         return group.with_(paths=[replace(p, mask=m) for p, m in zip(paths, once)])
