@@ -290,6 +290,8 @@ def test_flex_mixes_overall_and_categories() -> None:
     assert flex_rewards(OVERALL, CATEGORIES) == pytest.approx([0.795833, 0.618088, 0.517888, 0.067987], abs=1e-6)
     assert flex_rewards(OVERALL, CATEGORIES, digits=3)[0] == pytest.approx(0.3 + 0.7 * 0.708)
     assert flex_rewards(OVERALL, CATEGORIES, weights=(1.0, 0.0)) == OVERALL
+    tripled = flex_rewards(OVERALL, CATEGORIES, weights=(0.9, 2.1))  # only their ratio counts
+    assert tripled == pytest.approx(flex_rewards(OVERALL, CATEGORIES))
     assert flex_rewards(OVERALL, []) == OVERALL
 
 
