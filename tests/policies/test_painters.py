@@ -25,9 +25,6 @@ from gruppo.policies.painters.wan import WanPainter
 from gruppo.policies.schedules import ddim, linear, resolution_shifted, scaled_linear_abar, twice_shifted, unipc
 from gruppo.types import Batch, Group, GruppoError, Path, Task
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:`torch_dtype` is deprecated",  # diffusers passes it on to transformers
-)
 
 PROMPTS = ["a red cat", "two dog of green circle and blue square"]
 STEPS = 4

@@ -176,7 +176,7 @@ class PipelinePainter(ABC):
 
             set_peft_model_state_dict(self.model, load_peft_weights(str(folder), device="cpu"))
             return
-        saved = type(self.model).from_pretrained(str(folder), subfolder=self.network, torch_dtype=self.dtype)
+        saved = type(self.model).from_pretrained(str(folder), subfolder=self.network, **told_dtype(self.dtype))
         self.model.load_state_dict(saved.state_dict())
 
 
@@ -188,11 +188,19 @@ def opened(source: Any, name: str, asked: Asked) -> Any:
         return source.to(asked.device)
     kind = getattr(diffusers, name)
     try:
-        pipeline = kind.from_pretrained(str(source), torch_dtype={"default": asked.dtype, "vae": torch.float32})
+        pipeline = kind.from_pretrained(str(source), **told_dtype({"default": asked.dtype, "vae": torch.float32}))
     except (OSError, ValueError, KeyError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise GruppoError(f"cannot load {str(source)!r} as a {name}: {reason}") from error
     return pipeline.to(asked.device)
+
+
+def told_dtype(dtype: Any) -> dict[str, Any]:
+    """The precision under the name that this diffusers has for it: `dtype` since 0.40, when `torch_dtype` began to warn."""
+    import diffusers
+
+    major, minor = (int(n) for n in diffusers.__version__.split(".")[:2])
+    return {"dtype" if (major, minor) >= (0, 40) else "torch_dtype": dtype}
 
 
 def named_on_the_hub(source: str) -> Any:
