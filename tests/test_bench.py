@@ -1,0 +1,82 @@
+"""The benchmark: equal work on both sides, refused otherwise; counted operations; what it writes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path as Folder
+
+import pytest
+import torch
+
+from gruppo import bench
+from gruppo.types import GruppoError
+
+SMALL = bench.Work(2, 12, 3, 7)
+
+
+def test_the_operations_of_one_prompt_and_eight_completions() -> None:
+    need = bench.operations(bench.Work(1, 128, 64, 64))
+    tokens = 128 + 8 * 63  # the last token of a completion predicts nothing
+    layer = 256 * (256 + 128 + 128) + 256 * 256 + 3 * 256 * 768
+    pairs = 191**2 / 2 + 7 * 63**2 / 2 + 7 * 63 * 128
+    head = 2 * 256 * 512 * 8 * 64
+    assert need["tokens"] == tokens
+    assert need["score"] == pytest.approx(2 * 4 * layer * tokens + 4 * 4 * 256 * pairs + head, rel=0.01)
+    assert need["train"] == 3 * need["score"]
+
+
+def test_the_same_rows_each_time() -> None:
+    a, b = ([p.steps for g in bench.rows(SMALL) for p in g.paths] for _ in range(2))
+    assert all(torch.equal(x, y) for x, y in zip(a, b))
+    assert {len(x) for x in a} <= set(range(3, 8))
+    assert max(len(x) for x in a) == 7
+
+
+def test_shared_and_ordinary_training_have_one_gradient() -> None:
+    sides = [bench.Here(SMALL, sharing) for sharing in (None, bench.prefix.Rates(call=1e3, margin=-1e9))]
+    old = sides[0].score()
+    losses = [s.train(s.given(old)) for s in sides]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    mine, theirs = (torch.cat([g.flatten() for g in bench.gradient(s.model).values()]) for s in sides)
+    assert float((mine - theirs).norm() / theirs.norm()) < 1e-5
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_trl_does_the_same_work_and_other_work_is_refused(tmp_path: Folder) -> None:
+    pytest.importorskip("trl", reason="needs the extra: pip install 'gruppo[parity]'")
+    here, there = bench.Here(SMALL), bench.There(SMALL, tmp_path)
+    old = there.score()
+    assert max(bench.refuse_difference(here, there, old).values()) < 1e-5
+    there.inputs["advantages"] = there.inputs["advantages"] + 1
+    with pytest.raises(GruppoError, match="the two sides differ"):
+        bench.refuse_difference(here, there, old)
+
+
+def found(name: str, ratio: float) -> dict:
+    phase = {
+        "ms": {"gruppo": 100.0, "TRL": 100.0 * ratio},
+        "ratio": [ratio, ratio - 0.1, ratio + 0.2],
+        "of_limit": {"gruppo": 0.7, "TRL": 0.3},
+        "completion_tokens_per_s": {"gruppo": 5000.0, "TRL": 2000.0},
+    }
+    head = {"work": name, "groups": 1, "rounds": 3, "apart": {"logp": 1e-6}, "gemm": 1e11}
+    return {**head, "score": phase, "train": phase, "both": phase, "peak_mb": {"gruppo": 50.0, "TRL": 200.0}}
+
+
+def test_the_page_has_every_ratio_with_its_spread_and_the_memory() -> None:
+    page = bench.table([found("128/64", 2.25), found("1024/32", 6.5)], {"128/64": [("aten::mm", 0.6)]})
+    assert page.count("2.25 (2.15..2.45)") == 3
+    assert page.count("6.50 (6.40..6.70)") == 3
+    assert "| 128/64 | 200 | 50 | 0.25 |" in page
+    assert "| `aten::mm` | 0.60 |" in page
+
+
+def test_the_plot_is_written(tmp_path: Folder) -> None:
+    bench.draw([found("128/64", 2.25), found("1024/32", 6.5)], tmp_path / "train.svg")
+    assert (tmp_path / "train.svg").read_text().count("<svg") == 1
+
+
+def test_a_micro_batch_is_one_group_of_padded_rows() -> None:
+    assert SMALL.budget == 8 * (12 + 7)
+    assert (SMALL.name, replace(SMALL, high=3).name) == ("12/3..7", "12/3")
