@@ -148,12 +148,20 @@ def test_the_batch_scale_divides_by_the_batches_std() -> None:
     assert float(scaled.std()) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_advantages_are_clamped_before_and_after_the_batch_scale() -> None:
+def test_advantages_are_clamped_with_and_without_the_batch_scale() -> None:
     one = [1.0, *[0.0] * 7]  # z = 2.4749
     assert max(advantages(pref_grpo(weights={"win_rate": 3.0}), scored(win_rate=one))[0]) == 5.0
     calm = [scored(win_rate=[0.5] * 8) for _ in range(30)]
     found = advantages(pref_grpo(batch_scale=True), scored(win_rate=one), *calm)
     assert found[0][0] == 5.0
+
+
+def test_nothing_is_clamped_before_the_batch_scale() -> None:
+    one, strict = [1.0, *[0.0] * 7], [i / 7 for i in range(8)]
+    found = advantages(pref_grpo(weights={"win_rate": 3.0}, batch_scale=True), scored(win_rate=one), scored(win_rate=strict))
+    whole = 3 * torch.cat([z(one), z(strict)])
+    assert float(whole.max()) > 5
+    assert [a for row in found for a in row] == pytest.approx((whole / whole.std()).tolist(), abs=1e-5)
 
 
 def test_flex_is_another_signal() -> None:
