@@ -14,6 +14,7 @@ from PIL import Image
 from tests.runs.small import Quiet, silent
 
 from gruppo.policies.flow import FlowPolicy
+from gruppo.runs.compare import compare
 from gruppo.runs.config import assemble
 from gruppo.runs.report import browsable, side_by_side, write_report
 from gruppo.runs.session import Session
@@ -112,3 +113,17 @@ def test_a_recipe_for_text_is_refused_for_a_painter_and_the_other_way_round(tmp_
     with pytest.raises(GruppoError, match="the recipe mix-grpo is for image models, but the model of this run writes"):
         run(tmp_path, world="arithmetic")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_comparison_counts_calls_of_the_network(tmp_path: Path) -> None:
+    numbers = {**SMALL["recipe_args"], "ratio": 0.5}
+    settings = {**{k: SMALL[k] for k in ("policy", "eval", "track")}, "recipe_args": numbers, "fit": {**SMALL["fit"], "steps": 1}}
+    settings["policy"] = {**settings["policy"], "denoising_steps": 8}
+    names = ["mix-grpo", "mix-grpo-flash"]
+    found = compare(names, world="glyphs", seeds=1, name="two", folder=tmp_path, say=silent, settings=settings)
+    mix, flash = found.lines
+    assert (mix.rows, mix.tokens) == (6, 6 * 8)
+    assert (flash.rows, flash.tokens) == (6, 6 * 4)  # two steps of the window, int((8 - 1) .5) = 3 nodes behind them
+    assert flash.marked
+    assert list(found.table()[0])[-3:] == ["paths", "network calls", "time"]
+    assert "48 network calls if painted one by one" in found.notes()[0]

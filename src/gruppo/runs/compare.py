@@ -16,6 +16,7 @@ import json
 import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,9 @@ from typing import Any
 import yaml
 
 from gruppo.claims.claim import half_width, mean
+from gruppo.policies.flow import FlowPolicy
 from gruppo.recipes import RECIPES, find
+from gruppo.runs.build import DENOISING_STEPS, paints
 from gruppo.runs.config import RunConfig, assemble, merge, parse, read, validate
 from gruppo.runs.folder import RunFolder, disk
 from gruppo.runs.report import versions, write_report
@@ -59,6 +62,7 @@ class Budget:
     temperature: float
     held_out_tasks: int
     held_out_samples: int
+    denoising_steps: int = 0  # of a picture; 0 where the model writes
 
     @property
     def paths(self) -> int:
@@ -67,8 +71,20 @@ class Budget:
 
     @property
     def tokens(self) -> int:
-        """The most tokens that those paths can hold."""
-        return self.paths * self.max_new_tokens
+        """The most tokens that those paths can hold, or the network calls of those pictures painted one by one."""
+        return self.paths * (self.denoising_steps or self.max_new_tokens)
+
+    @property
+    def unit(self) -> str:
+        """What sampling costs."""
+        return "network calls" if self.denoising_steps else "tokens"
+
+    @property
+    def most(self) -> str:
+        """What those paths cost at most, in words. Branches of one trunk cost less than pictures painted one by one."""
+        return (
+            f"{self.tokens:,} network calls if painted one by one" if self.denoising_steps else f"at most {self.tokens:,} tokens"
+        )
 
 
 def budget(config: RunConfig) -> Budget:
@@ -84,6 +100,7 @@ def budget(config: RunConfig) -> Budget:
         temperature=config.policy.temperature,
         held_out_tasks=config.eval.tasks,
         held_out_samples=config.eval.samples,
+        denoising_steps=(config.policy.denoising_steps or DENOISING_STEPS) if paints(config) else 0,
     )
 
 
@@ -95,8 +112,8 @@ def check_budgets(configs: Mapping[str, RunConfig]) -> Budget:
             there = asdict(other)[key]
             if here != there:
                 raise GruppoError(
-                    f"the budgets differ: {key} is {here:g} for {first} and {there:g} for {name} (at most {own.tokens:,} and "
-                    f"{other.tokens:,} sampled tokens per run); recipes are compared on equal budgets"
+                    f"the budgets differ: {key} is {here:g} for {first} and {there:g} for {name} ({own.most} and "
+                    f"{other.most} per run); recipes are compared on equal budgets"
                 )
     return own
 
@@ -280,6 +297,10 @@ class Watch:
         if file.exists():  # what was sampled after the checkpoint is sampled again
             kept = [r for r in folder.records(file) if r["step"] <= step]
             folder.write(SAMPLED, "".join(json.dumps(r) + "\n" for r in kept))
+        self.counts: Counter[str] | None = None
+        if isinstance(policy, FlowPolicy):
+            self.counts, self.before = policy.counts, Counter(policy.counts)
+            return
         sampler = getattr(policy, "policy", policy)  # below a world's tools, where every turn is sampled
         inner = sampler.sample
 
@@ -292,6 +313,12 @@ class Watch:
         sampler.sample = counted
 
     def step(self, record: Any, groups: Any) -> None:
+        if (
+            self.counts is not None
+        ):  # pictures that were decoded, and calls of the network; evaluations have counters of their own
+            spent = self.counts - self.before
+            self.rows, self.tokens = sum(len(g) for g in groups), spent["sampled"]
+            self.before = Counter(self.counts)
         self.folder.append(self.folder.path / SAMPLED, {"step": record["step"], "rows": self.rows, "tokens": self.tokens})
         self.rows = self.tokens = 0
 
@@ -481,7 +508,7 @@ class Comparison:
                 title = f"{label(name)} %" if is_share(name) else label(name)
                 row[title] = told(name, line.scores[name])
                 row[f"{title} - {first}"] = told(name, line.differences[name], signed=True) if line.differences else "-"
-            row["paths"], row["tokens"] = (
+            row["paths"], row[self.budget.unit] = (
                 f"{count(n)} ({times(ratio)}){' *' * line.marked}"
                 for n, ratio in ((line.rows, line.rows_ratio), (line.tokens, line.tokens_ratio))
             )
@@ -493,8 +520,13 @@ class Comparison:
         """What the table's reader has to know."""
         budget, first = self.budget, self.lines[0].recipe
         out = [
-            f"Every run: {budget.steps} steps of {budget.prompts_per_step} prompts x {budget.paths_per_prompt} paths of at most "
-            f"{budget.max_new_tokens} tokens, so {budget.paths:,} paths and at most {budget.tokens:,} tokens; judged on the same "
+            f"Every run: {budget.steps} steps of {budget.prompts_per_step} prompts x {budget.paths_per_prompt} paths of "
+            + (
+                f"{budget.denoising_steps} denoising steps"
+                if budget.denoising_steps
+                else f"at most {budget.max_new_tokens} tokens"
+            )
+            + f", so {budget.paths:,} paths and {budget.most}; judged on the same "
             f"{budget.held_out_tasks} held-out problems, {budget.held_out_samples} samples each.",
         ]
         if len(self.seeds) > 1:
@@ -504,7 +536,9 @@ class Comparison:
             )
         else:
             out.append("One seed, so there are no intervals: a difference between two recipes may be chance.")
-        out.append("Paths and tokens: what a run asked of its sampler while training, also what it threw away; mean per run.")
+        out.append(
+            f"Paths and {budget.unit}: what a run asked of its sampler while training, also what it threw away; mean per run."
+        )
         for line in self.lines:
             own = ", ".join(f"{k}={v}" for k, v in settings_rows(line.own))
             if line.recipe != line.nickname or own:
@@ -514,9 +548,13 @@ class Comparison:
         if any(line.tokens_ratio is None for line in marked):
             out.append("* not counted, because some steps of a run were trained outside of the comparison.")
         if any(line.tokens_ratio is not None for line in marked):
-            out.append(f"* paths or tokens {allowed} those of {first}, so this score was bought with another amount of sampling.")
+            out.append(
+                f"* paths or {budget.unit} {allowed} those of {first}, so this score was bought with another amount of sampling."
+            )
         elif self.tolerance and not marked:
-            out.append(f"No recipe's paths or tokens are more than the tolerated {100 * self.tolerance:g} % away from {first}'s.")
+            out.append(
+                f"No recipe's paths or {budget.unit} are more than the tolerated {100 * self.tolerance:g} % away from {first}'s."
+            )
         return out
 
 
@@ -637,7 +675,7 @@ def draw(found: Comparison, file: Path) -> Path:
             )
         held = f"{label(name)}, held out" + (" (%)" if scale == 100 else "")
         ax.set_title("training reward of the groups that were kept" if against == "training" else held, fontsize=10, loc="left")
-        ax.set_xlabel("tokens sampled" if against == "sampled" else "step", fontsize=9)
+        ax.set_xlabel(f"{found.budget.unit} sampled" if against == "sampled" else "step", fontsize=9)
         ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.25)
@@ -677,6 +715,7 @@ def write(found: Comparison) -> Path:
         curves=base64.b64encode(image.read_bytes()).decode(),
         runs=[(line.recipe, o, (found.folder / o.folder / "report.html").exists()) for line in found.lines for o in line.runs],
         names=found.names,
+        unit=found.budget.unit,
         label=label,
         shown=shown,
         count=count,
