@@ -16,7 +16,8 @@
 | last step | draws noise (`last`) | the same | the same |
 | guidance | the policy's | not said | part of the policy, gradient through both branches |
 
-At toy scale (`gruppo claim flow-grpo`, 5 seeds) training with eta .7 ends 1.8 [0.48, 3.1] above eta .1 in reward, the paper's order.
+At toy scale (`gruppo claim flow-grpo`, 5 seeds) training with eta .7 ends 1.8 [0.48, 3.1] above eta .1 in reward: the paper's
+order.
 
 Hyper-parameters: n 24, eta .7, clip 1e-4, beta .04 (with `without_dt`) or .004 (exact), lr 3e-4 on LoRA r 32 (SD3.5-M). A clip
 range of 1e-4 goes with the mean over elements; with few elements (32 x 32 pictures) ratios move further and the range is wider.

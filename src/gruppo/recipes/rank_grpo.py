@@ -34,9 +34,10 @@ from a model tuned on a teacher's repaired lists.
 
 Cost: as GRPO with a reference; reading where each token stands in the text is linear in the tokens.
 
-Measured at toy scale: where every rank has items of its own, P(hit) at rank 8 is 0.697 [0.619, 0.775] higher than with one DCG
-per list (`gruppo claim rank-grpo --seeds 10`). Where ranks share their items, exp_inf is ahead early and ends 0.058 [-0.026, 0.142]
-lower in recall, below one DCG per list in each of five seeds: that claim does not hold (`gruppo claim rank-grpo/duplicates`).
+Measured at toy scale: where every rank has items of its own, P(hit) at rank 8 is 0.697 [0.619, 0.775] higher than with one
+DCG per list (`gruppo claim rank-grpo --seeds 10`). Where ranks share their items, exp_inf is ahead early and ends 0.058
+[-0.026, 0.142] lower in recall, below one DCG per list in each of five seeds: that claim does not hold (`gruppo claim
+rank-grpo/duplicates`).
 
 Not for: lists that depend on an early pick (exp_inf ignores that it may take a later hit away), answers that are one thing, and
 sequence-level ratios, filters or bonuses, which need one reward per path.

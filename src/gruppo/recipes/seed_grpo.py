@@ -41,8 +41,9 @@ Hyper-parameters: alpha 0.0417 (code); n 8, 128 prompts, length 3000, clip 0.2, 
 paper tries alpha 0.01, 0.02, 0.03. Set `length` to the run's max_new_tokens, as for Dr.GRPO. At the published alpha the factor
 stays within 0.96 and 1; an independent study (maxent-grpo) finds no gain from alpha 1 at 0.5B and harm at 3B.
 
-Measured at toy scale (`gruppo claim seed-grpo --seeds 8`): with alpha 1 the policy drifts 0.36 [0.33, 0.38] times as far on prompts
-with random rewards as without the factor, and learns clean ones as well. At the published alpha no difference can be seen.
+Measured at toy scale (`gruppo claim seed-grpo --seeds 8`): with alpha 1 the policy drifts 0.36 [0.33, 0.38] times as far on
+prompts with random rewards as without the factor, and learns clean ones as well. At the published alpha no difference can be
+seen.
 
 Cost: as Dr.GRPO. Embeddings or entailment add one model call per prompt, over its different answers only.
 

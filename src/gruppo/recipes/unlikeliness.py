@@ -6,10 +6,10 @@
     A_i = (r_i - mean(r)) / (std(r) + eps)
     J   = 1 / (sum_i |o_i|) sum_i sum_t { min(rho A_i, clip(rho, 1 - 0.2, 1 + 0.2) A_i) - beta KL_t }
 
-R is raw correctness, 0 or 1. Only that part of the reward is discounted: `weight` is what it counts for in the reward, which a
-run fills in from its own `weights`, and everything else the reward adds (format, length) stays as it is. Groups that are all right
-or all wrong on R are replaced before the discount is taken: an all-right group would otherwise have advantages, although it has
-nothing to say about right and wrong.
+R is raw correctness, 0 or 1. Only that part of the reward is discounted: `weight` is what it counts for in the reward, which
+a run fills in from its own `weights`, and everything else the reward adds (format, length) stays as it is. Groups that are
+all right or all wrong on R are replaced before the discount is taken: an all-right group would otherwise have advantages,
+although it has nothing to say about right and wrong.
 
 | | here | paper | reference code (verl fork) |
 |---|---|---|---|
