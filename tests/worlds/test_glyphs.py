@@ -150,11 +150,12 @@ def test_shares_count_things():
         "colour": pytest.approx(2 / 3),
         "count": 0.5,
         "position": pytest.approx(1 / 3),
+        "plain": pytest.approx(1.0, abs=0.02),
     }
 
 
 def test_a_blank_picture_shows_nothing():
-    assert verdict(blank(), TWO) == {"correct": 0, "shape": 0, "colour": 0, "count": 0, "position": 0}
+    assert verdict(blank(), TWO) == {"correct": 0, "shape": 0, "colour": 0, "count": 0, "position": 0, "plain": 1}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -175,6 +176,19 @@ def test_a_right_picture_on_a_wrong_ground_is_wrong():
     tinted = Image.fromarray((pixels - np.array([0, 40, 40])).clip(0, 255).astype(np.uint8))
     assert verdict(picture, TWO)["correct"] == 1
     assert verdict(tinted, TWO)["correct"] == 0
+
+
+def test_an_uneven_ground_is_less_plain_before_it_is_wrong():
+    shaken = np.random.default_rng(0)
+    pixels = np.asarray(draw(TWO, Random(0)), dtype=np.float32)
+    found = []
+    for strength in (0, 8, 15, 40):
+        spoilt = (pixels + shaken.normal(0, strength, pixels.shape)).clip(0, 255).astype(np.uint8)
+        found.append(verdict(Image.fromarray(spoilt), TWO))
+    assert [f["correct"] for f in found] == [1, 1, 1, 0]
+    assert [f["plain"] for f in found] == sorted((f["plain"] for f in found), reverse=True)
+    assert found[0]["plain"] > 0.98
+    assert found[3]["plain"] < 0.25
 
 
 def test_specks_spoil_a_picture():
@@ -217,6 +231,8 @@ def test_the_grader_gives_every_signal():
     graded = Grading(GLYPHS.graders(), dict(GLYPHS.weights))([Group(TWO, [path, wrong])])[0].signals
     for name in ("correct", "shape", "colour", "count", "position"):
         assert graded[name].tolist() == [1, 0]
+    assert graded["plain"].tolist() == pytest.approx([1, 1], abs=0.02)
+    assert set(GLYPHS.weights) == set(graded) - {"reward"}
     assert graded["reward"][0] > graded["reward"][1]
 
 
