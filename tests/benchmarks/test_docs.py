@@ -8,6 +8,7 @@ import re
 from pathlib import Path as File
 
 import pytest
+from tests.test_examples import load
 
 PAGE = File(__file__).parents[2] / "docs" / "graders-images.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
@@ -44,3 +45,9 @@ def test_scorers_and_judges_of_the_page_can_be_made() -> None:
             exec(compile(block, str(PAGE), "exec"), names)
     assert names["grader"].signals == ("warmth",)  # type: ignore[attr-defined]
     assert len(names["rewards"]) == 5  # type: ignore[arg-type]
+
+
+def test_the_judged_pictures_are_trained_and_scored(capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = load("judged_pictures").main(steps=1, prompts=2, paths=2, items=2)
+    assert before.judged == after.judged == 4
+    assert "points met" in capsys.readouterr().out
