@@ -138,3 +138,17 @@ def test_the_same_script_runs_with_trl(tmp_path):
     pytest.importorskip("trl")
     script = load("trl_users")
     script.with_trl(script.sums(60), 1, str(tmp_path))
+
+
+def test_pictures_are_trained_on_a_reward_of_ones_own(tmp_path):
+    images = load("images")
+    run = images.main(
+        fit={"steps": 1, "prompts_per_step": 2, "paths_per_prompt": 3},
+        policy={"denoising_steps": 4, "threads": 1},
+        eval={"tasks": 2, "samples": 2},
+        folder=tmp_path,
+        quiet=True,
+    )
+    signals = run.metrics[0]["signals"]
+    assert 0 < signals["emptiness"] < 1
+    assert run.metrics[0]["reward"] == pytest.approx(signals["correct"] + signals["emptiness"], abs=1e-5)
