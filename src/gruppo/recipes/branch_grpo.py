@@ -37,6 +37,9 @@ grid too short for every third step the splits move together. Which split noise 
 Cost: 203 calls of the network for 16 pictures of 20 steps, against 320 for paths without a tree (splits at 0, 1, 2, 3: 271; at 10
 to 13: 121); training: one forward pass per node that has a trained transition.
 
+On a flow of known velocity (five seeds) a tree's gradient had 1.15 [1.13, 1.18] times the signal-to-noise ratio of 10 flat paths,
+which cost 200 calls, and 0.9 times that of 16 flat paths, which cost 320 (`gruppo claim branch-grpo`).
+
 Not for: few splits that come late (the first two nodes of a depth only tell a sign), or pictures that must differ from their
 first noise on: all leaves share it.
 """

@@ -28,7 +28,11 @@ Cost: at T 16, G 12 a prompt needs 1112, 1496, 1700 calls of the network for Lam
 plain paths (the reference code: 1120, 1696, 2092), and |Lambda| G |M| pictures are judged. Training: one forward pass per anchor
 and k.
 
-Not for: a judge without noise of its own, where a coarse ending only adds error (`gruppo claim g2rpo`); or step sizes tuned for
+On a flow of known velocity (five seeds) the advantages of {1, 2, 3} followed those of a 128-step ending better than those of {1}
+by 0.150 [0.131, 0.168] of correlation under a judge as noisy as the rewards differ (`gruppo claim g2rpo`), and worse by 0.0078
+[0.0052, 0.0104] under an exact one (`gruppo claim g2rpo/exact`).
+
+Not for: a judge without noise of its own, where a coarse ending only adds error; or step sizes tuned for
 one granularity: the sum of |Lambda| advantages is up to |Lambda| times as large, and the clamp then cuts.
 """
 

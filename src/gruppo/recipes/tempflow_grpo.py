@@ -30,6 +30,10 @@ Cost: with N steps and K children a seed needs N - 1 calls of the network for it
 279 at N 10, K 6, so 1116 per prompt where Flow-GRPO paints 24 pictures in 240. 216 pictures are judged instead of 24. Training
 costs less: one forward pass per seed and step, shared by its children.
 
+On a flow of known velocity (five seeds) a step's gradient had at least 2.5 [2.1, 3.0] times the signal-to-noise ratio of plain
+paths' at 4.5 times the network calls (`gruppo claim tempflow-grpo`); the weight raised that of the whole gradient 1.06 [1.02,
+1.10] times on branches and 1.37 times on plain paths (`gruppo claim tempflow-grpo/weight`).
+
 Not for: a dear judge, or late steps alone: their children are nearly the same picture, and the group's std blows the judge's
 noise up to full advantages. Without the weight (`weighted=False`) this happens at every late step.
 """
