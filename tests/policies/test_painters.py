@@ -25,7 +25,6 @@ from gruppo.policies.painters.wan import WanPainter
 from gruppo.policies.schedules import ddim, linear, resolution_shifted, scaled_linear_abar, twice_shifted, unipc
 from gruppo.types import Batch, Group, GruppoError, Path, Task
 
-
 PROMPTS = ["a red cat", "two dog of green circle and blue square"]
 STEPS = 4
 CFGS = {"sd3": CFG(4.5), "flux": None, "qwen": CFG(4.0, rescale=True, negative=" "), "wan": CFG(5.0), "sd1": CFG(7.5)}
@@ -105,7 +104,7 @@ def test_the_walk_without_noise_is_the_pipelines_own_call(name: str, guided: boo
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_pictures_are_the_pipelines_own(name: str, folders: dict[str, FilePath]) -> None:
+def test_pictures_are_the_pipelines_own(name: str, folders: dict[str, FilePath], monkeypatch: pytest.MonkeyPatch) -> None:
     import numpy as np
 
     painter = painter_of(name, folders[name])
@@ -113,6 +112,10 @@ def test_pictures_are_the_pipelines_own(name: str, folders: dict[str, FilePath])
     x = policy.noise(1, seeded(2))
     ours = policy.decode(still(policy, x, PROMPTS[:1], kernel_of(painter)))
     told = asked_of_pipeline(name, painter, PROMPTS[0], x, None, kind="pil")
+    monkeypatch.setattr(type(painter), "at_once", 1)  # one latent at a time
+    again = policy.decode(still(policy, x.repeat(2, *[1] * (x.dim() - 1)), PROMPTS[:1] * 2, kernel_of(painter)))
+    assert len(again) == 2
+    assert isinstance(again[1], list) == (name == "wan")
     ours, told = (ours[0], told[0]) if name == "wan" else (ours, told)
     assert len(ours) == len(told) == (5 if name == "wan" else 1)
     for a, b in zip(ours, told):

@@ -52,8 +52,8 @@ class FluxPainter(PipelinePainter):
             return_dict=False,
         )[0]
 
-    def decode(self, x: Tensor) -> list[Any]:
-        return super().decode(unpacked(x, self.height // self.factor, self.width // self.factor))
+    def pictures(self, x: Tensor) -> list[Any]:
+        return super().pictures(unpacked(x, self.height // self.factor, self.width // self.factor))
 
     def scheduled(self, steps: int) -> Tensor:
         return resolution_scheduled(self, self.patches, steps)

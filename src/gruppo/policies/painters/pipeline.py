@@ -35,6 +35,8 @@ class PipelinePainter(ABC):
     rescales_guidance: ClassVar[bool] = False  # the guided prediction keeps the norm of the conditional one
     lora_targets: ClassVar[list[str]] = ATTENTION  # layers that an adapter changes
 
+    at_once: ClassVar[int] = 2**22  # pixels that are decoded together: four pictures of 1024 x 1024
+
     shape: tuple[int, ...]
     tokens: int
 
@@ -47,7 +49,8 @@ class PipelinePainter(ABC):
         self.grid: Callable[[int], Tensor] = self.scheduled  # may be replaced: partial(schedules.linear, shift=3.0)
         if asked.frames is not None and not self.video:
             raise GruppoError(f"{asked.frames} frames were asked for, but {self.pipelines} paints single pictures")
-        self.height, self.width = self._pixels()
+        self.height, self.width = self._size()
+        self.pixels = self.height * self.width  # of one picture, or of all frames of a video
         self.shape, self.tokens = self.latent(self.height // self.factor, self.width // self.factor)
 
     @classmethod
@@ -71,12 +74,11 @@ class PipelinePainter(ABC):
 
     # -- what a pipeline may say otherwise ------------------------------------------------------------------------------
 
-    def decode(self, x: Tensor) -> list[Any]:
+    def pictures(self, x: Tensor) -> list[Any]:
         """PIL images of finished latents [B, C, height, width], through an autoencoder of the class AutoencoderKL."""
         vae = self.pipeline.vae
         x = x.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
-        with torch.no_grad():
-            return self.pipeline.image_processor.postprocess(vae.decode(x, return_dict=False)[0], output_type="pil")
+        return self.pipeline.image_processor.postprocess(vae.decode(x, return_dict=False)[0], output_type="pil")
 
     @property
     def usual(self) -> tuple[int, int]:
@@ -102,6 +104,11 @@ class PipelinePainter(ABC):
             raise GruppoError(f"the prompts of {self.pipelines} are strings, not {type(wrong).__name__}: {str(wrong)[:80]!r}")
         with torch.no_grad():
             return [self.condition(p) for p in prompts]
+
+    def decode(self, x: Tensor) -> list[Any]:
+        """PIL images; a few latents at a time, because an autoencoder needs far more memory than the network."""
+        with torch.no_grad():
+            return [picture for part in x.split(max(1, self.at_once // self.pixels)) for picture in self.pictures(part)]
 
     def sigmas(self, steps: int) -> Tensor:
         """The grid from noise to picture, in float64."""
@@ -135,7 +142,7 @@ class PipelinePainter(ABC):
         scheduler.set_timesteps(steps, **{k: v for k, v in given.items() if v is not None})
         return scheduler
 
-    def _pixels(self) -> tuple[int, int]:
+    def _size(self) -> tuple[int, int]:
         size = self.usual if self.asked.size is None else self.asked.size
         height, width = (size, size) if isinstance(size, int) else size
         unit = self.factor * self.multiple

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gruppo.policies.painters import Asked
 from gruppo.policies.painters.flux import resolution_scheduled
 from gruppo.policies.painters.pipeline import PipelinePainter, padded, unpacked
+from gruppo.types import GruppoError
 
 
 class QwenPainter(PipelinePainter):
@@ -22,6 +24,11 @@ class QwenPainter(PipelinePainter):
     guided = 4.0
     negative = " "
     rescales_guidance = True
+
+    def __init__(self, pipeline: Any, asked: Asked) -> None:
+        super().__init__(pipeline, asked)
+        if self.embeds_guidance:
+            raise GruppoError("this Qwen-Image reads its guidance as a number; there is a painter for the one that does not")
 
     def latent(self, height: int, width: int) -> tuple[tuple[int, ...], int]:
         self.patches = height // 2 * (width // 2)
@@ -43,11 +50,12 @@ class QwenPainter(PipelinePainter):
             return_dict=False,
         )[0]
 
-    def decode(self, x: Tensor) -> list[Any]:
+    def pictures(self, x: Tensor) -> list[Any]:
+        vae = self.pipeline.vae
         x = unpacked(x, self.height // self.factor, self.width // self.factor)[:, :, None]
-        with torch.no_grad():
-            pictures = self.pipeline.vae.decode(spread(self.pipeline.vae, x), return_dict=False)[0][:, :, 0]
-        return self.pipeline.image_processor.postprocess(pictures, output_type="pil")
+        return self.pipeline.image_processor.postprocess(
+            vae.decode(spread(vae, x), return_dict=False)[0][:, :, 0], output_type="pil"
+        )
 
     def scheduled(self, steps: int) -> Tensor:
         return resolution_scheduled(self, self.patches, steps)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from gruppo.policies.painters import Asked
@@ -50,6 +49,7 @@ class WanPainter(PipelinePainter):
         if frames < 1 or frames % every != 1 % every:
             raise GruppoError(f"{frames} frames were asked for; this Wan paints 1, {1 + every}, {1 + 2 * every} .. frames")
         config = self.pipeline.transformer.config
+        self.pixels = self.height * self.width * frames
         kept = (frames - 1) // every + 1
         t, h, w = config.patch_size
         return (config.in_channels, kept, height, width), (kept // t) * (height // h) * (width // w)
@@ -59,15 +59,15 @@ class WanPainter(PipelinePainter):
         return words[0]
 
     def predict(self, x: Tensor, sigma: Tensor, conditions: list[Any]) -> Tensor:
-        timestep = 1000 * sigma
+        whole = (1000 * sigma.double() + JUST_BELOW).floor().long()
         return self.model(
             hidden_states=x.to(self.dtype),
-            timestep=(1000 * sigma.double() + JUST_BELOW).floor().long() if self.whole else timestep,
+            timestep=whole if self.whole else 1000 * sigma,
             encoder_hidden_states=self.stacked(conditions),
             return_dict=False,
         )[0]
 
-    def decode(self, x: Tensor) -> list[Any]:
-        with torch.no_grad():
-            video = self.pipeline.vae.decode(spread(self.pipeline.vae, x), return_dict=False)[0]
+    def pictures(self, x: Tensor) -> list[Any]:
+        vae = self.pipeline.vae
+        video = vae.decode(spread(vae, x), return_dict=False)[0]
         return self.pipeline.video_processor.postprocess_video(video, output_type="pil")
