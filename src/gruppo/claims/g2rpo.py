@@ -1,7 +1,7 @@
 """G2RPO's claim at toy scale: do advantages over several granularities say more about a perturbation than those of one?
 
-The truth is the advantage of an ending in 128 steps. A flow of known velocity (`gruppo.claims.mixture`), 16 steps, 12 children of
-the steps 0 and 4; the judge's noise is as large as the rewards' own spread within a group, drawn anew for every picture.
+The truth is the advantage of an ending in 128 steps. A flow of known velocity (`gruppo.claims.mixture`), 16 steps, 12 children
+of the steps 0 and 4; the judge's noise is as large as the rewards' own spread within a group, drawn anew for every picture.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """TempFlow-GRPO's claims at toy scale: what a branch tells about its step, and what the noise-aware weight is good for.
 
-Numbers from a flow of known velocity (`gruppo.claims.mixture`), 10 steps, 24 children per step against 24 plain paths. These are
-not the same cost: a prompt's branches need 1089 network calls, its plain paths 240.
+Numbers from a flow of known velocity (`gruppo.claims.mixture`), 10 steps, 24 children per step against 24 plain paths. These
+are not the same cost: a prompt's branches need 1089 network calls, its plain paths 240.
 """
 
 from __future__ import annotations

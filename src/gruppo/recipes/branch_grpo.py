@@ -10,7 +10,7 @@ judged among itself, so that early steps hear of all the leaves below them.
 
 | | here | paper, as far as known | reference code |
 |---|---|---|---|
-| body of the paper | not read: others' notes | | the code file by file |
+| body of the paper | not read: third-party accounts | | the code file by file |
 | split noise | `Correlated` | the formula above | `Scaled`: biased |
 | fusion | `uniform`; `ByPath(beta)`; `by_edges` | `ByPath` | `uniform` or `by_edges` |
 | std | sample (n - 1), eps 1e-8 | "std", eps | sample |
@@ -26,19 +26,19 @@ judged among itself, so that early steps hear of all the leaves below them.
 `Scaled` draws a split's noise s times as wide as its log-probability assumes. `by_edges` is the softmax over the logarithms of
 a node's own transitions, applied from the leaves up, which is not the softmax over whole paths. In the reference code the
 picture does not show the last step's noise, so training that step adds noise to the gradient and nothing else. Behind the last
-split a leaf's transitions all have one advantage; `first_half`, which keeps the earlier half of each chain and goes there by the
-name of keeping the best half, drops depths whatever the rewards are. Depth pruning leaves out `depth` depths, at first the last
-ones, one further up every `every` iterations, until it begins at the last split. (1) with the script's stride of 30; with the
-default of 1 every step is noisy and Mix changes nothing.
+split a leaf's transitions all have one advantage; `first_half`, which keeps the earlier half of each chain and goes there by
+the name of keeping the best half, drops depths whatever the rewards are. Depth pruning leaves out `depth` depths, at first the
+last ones, one further up every `every` iterations, until it begins at the last split. (1) with the script's stride of 30; with
+the default of 1 every step is noisy and Mix changes nothing.
 
 Hyper-parameters: n 16 from splits 0, 3, 6, 9 in two, 20 steps with shift 3, eta .3, s 4, clip 1e-3, lr 1e-5 (FLUX.1-dev). On a
 grid too short for every third step the splits move together. Which split noise the paper's runs had is not known to us.
 
-Cost: 203 calls of the network for 16 pictures of 20 steps, against 320 for paths without a tree (splits at 0, 1, 2, 3: 271; at 10
-to 13: 121); training: one forward pass per node that has a trained transition.
+Cost: 203 calls of the network for 16 pictures of 20 steps, against 320 for paths without a tree (splits at 0, 1, 2, 3: 271; at
+10 to 13: 121); training: one forward pass per node that has a trained transition.
 
-On a flow of known velocity (five seeds) a tree's gradient had 1.15 [1.13, 1.18] times the signal-to-noise ratio of 10 flat paths,
-which cost 200 calls, and 0.9 times that of 16 flat paths, which cost 320 (`gruppo claim branch-grpo`).
+On a flow of known velocity (five seeds) a tree's gradient had 1.15 [1.13, 1.18] times the signal-to-noise ratio of 10 flat
+paths, which cost 200 calls, and 0.9 times that of 16 flat paths, which cost 320 (`gruppo claim branch-grpo`).
 
 Not for: few splits that come late (the first two nodes of a depth only tell a sign), or pictures that must differ from their
 first noise on: all leaves share it.
@@ -207,7 +207,9 @@ class DepthWindow:
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.every < 1:
-            raise GruppoError(f"the depth window is {self.width} wide and moves every {self.every} iterations; both must be >= 1")
+            raise GruppoError(
+                f"the depth window is {self.width} wide and moves every {self.every} iterations; both must be at least 1"
+            )
 
     def steps(self, T: int, stop: int) -> list[int]:
         """The steps that are left out now; the transition to depth d is step d - 1. The window begins at `stop` or later."""

@@ -1,5 +1,5 @@
-"""G2RPO, Granular-GRPO (2510.01982). One step is perturbed at a time, from a path without noise, and a perturbation is judged by
-several endings, from fine to coarse: one length of ending alone judges it with a bias.
+"""G2RPO, Granular-GRPO (2510.01982). One step is perturbed at a time, from a path without noise, and a perturbation is judged
+by several endings, from fine to coarse: one length of ending alone judges it with a bias.
 
     x_k+1(i)  = G children of the anchor's x_k by one stochastic step, for each k in M (the first half of the steps)
     grid_g    = S_0 .. S_k+1, S_k+2, S_k+2+g, S_k+2+2g, ...                     for every granularity g in Lambda
@@ -11,7 +11,7 @@ A grid that misses sigma = 0 gives up its last point: the picture is then what t
 
 | | here | paper, as far as known | reference code |
 |---|---|---|---|
-| body of the paper | not read: others' notes and its tables | | the code file by file |
+| body of the paper | not read: third-party accounts | | the code file by file |
 | Lambda | {1, 2, 3} | {1, 2, 3}; less in an ablation | {1, 2} |
 | std | sample (n - 1), eps 1e-8 | "std" | the same |
 | several rewards | normalised each, then added with `weights` | added | normalised each, then added |
@@ -25,15 +25,15 @@ A grid that misses sigma = 0 gives up its last point: the picture is then what t
 Hyper-parameters: G 12, T 16 with shift 3, eta .7, clip 1e-4, lr 2e-6 (FLUX.1-dev).
 
 Cost: at T 16, G 12 a prompt needs 1112, 1496, 1700 calls of the network for Lambda {1}, {1, 2}, {1, 2, 3}, against 192 for 12
-plain paths (the reference code: 1120, 1696, 2092), and |Lambda| G |M| pictures are judged. Training: one forward pass per anchor
-and k.
+plain paths (the reference code: 1120, 1696, 2092), and |Lambda| G |M| pictures are judged. Training: one forward pass per
+anchor and k.
 
-On a flow of known velocity (five seeds) the advantages of {1, 2, 3} followed those of a 128-step ending better than those of {1}
-by 0.150 [0.131, 0.168] of correlation under a judge as noisy as the rewards differ (`gruppo claim g2rpo`), and worse by 0.0078
-[0.0052, 0.0104] under an exact one (`gruppo claim g2rpo/exact`).
+On a flow of known velocity (five seeds) the advantages of {1, 2, 3} followed those of a 128-step ending better than those of
+{1} by 0.150 [0.131, 0.168] of correlation under a judge as noisy as the rewards differ (`gruppo claim g2rpo`), and worse by
+0.0078 [0.0052, 0.0104] under an exact one (`gruppo claim g2rpo/exact`).
 
-Not for: a judge without noise of its own, where a coarse ending only adds error; or step sizes tuned for
-one granularity: the sum of |Lambda| advantages is up to |Lambda| times as large, and the clamp then cuts.
+Not for: a judge without noise of its own, where a coarse ending only adds error; or step sizes tuned for one granularity: the
+sum of |Lambda| advantages is up to |Lambda| times as large, and the clamp then cuts.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def g2rpo(
     weights: Mapping[str, int | float] | None = None,
     eps: float = 1e-8,
 ) -> Recipe:
-    """Advantages of one perturbed step added over endings of several granularities, and an optimizer step for every such step."""
+    """Advantages of one perturbed step added over endings of several granularities; an optimizer step for each such step."""
     named = (("reward", 1.0),) if weights is None else listed(weights)
     return replace(
         flow_grpo(n, eta, clip, beta=0.0),

@@ -1,5 +1,5 @@
-"""TempFlow-GRPO (2508.04324). A reward at the end says little about one step of many: branch at one step, owe it what the branch
-earns, and weigh the steps by how much noise they can bring in.
+"""TempFlow-GRPO (2508.04324). A reward at the end says little about one step of many: branch at one step, owe it what the
+branch earns, and weigh the steps by how much noise they can bring in.
 
     x_k+1(c) = K children of the trunk's x_k by one stochastic step, each finished without noise
     A_k(c)   = (r_k(c) - mean) / (std + eps)     over the K children of the same prompt, noise and step (the seed group)
@@ -12,7 +12,7 @@ at the last ones, where children hardly differ. The weight turns it into one tha
 
 | | here | paper, as far as known | reference code |
 |---|---|---|---|
-| body of the paper | not read: others' notes | | the code file by file |
+| body of the paper | not read: third-party accounts | | the code file by file |
 | w_k | over the mean of this batch's trained steps | mean 1 | `constant` * sd_k |
 | constant | none | | 2.25 (SD3.5), 1.73 (FLUX) |
 | group | `by_seed`: prompt and noise; `by_prompt` | prompt and noise | the same at batch 1 per rank |
@@ -24,15 +24,18 @@ at the last ones, where children hardly differ. The weight turns it into one tha
 The constants of the reference code are 1 / mean(sd) of one grid and eta each; here the mean is that of the steps trained, so it
 is right for any grid, eta and kernel.
 
-Hyper-parameters: K 6, 4 seeds, eta .7, clip 1e-4, beta .004 (GenEval) or .001 (PickScore), 10 steps (SD3.5-M); FLUX.1-dev eta .9.
+Hyper-parameters: K 6, 4 seeds, eta .7, clip 1e-4, beta .004 (GenEval) or .001 (PickScore), 10 steps (SD3.5-M); FLUX.1-dev eta
+.9.
 
-Cost: with N steps and K children a seed needs N - 1 calls of the network for its trunk and K ((N - 1) + ... + 1) for the endings:
-279 at N 10, K 6, so 1116 per prompt where Flow-GRPO paints 24 pictures in 240. 216 pictures are judged instead of 24. Training
-costs less: one forward pass per seed and step, shared by its children.
+Cost: with N steps and K children a seed needs N - 1 calls of the network for its trunk and K ((N - 1) + ... + 1) for the
+endings: 279 at N 10, K 6, so 1116 per prompt where Flow-GRPO paints 24 pictures in 240. 216 pictures are judged instead of 24.
+Training costs less: one forward pass per seed and step, shared by its children.
 
 On a flow of known velocity (five seeds) a step's gradient had at least 2.5 [2.1, 3.0] times the signal-to-noise ratio of plain
 paths' at 4.5 times the network calls (`gruppo claim tempflow-grpo`); the weight raised that of the whole gradient 1.06 [1.02,
-1.10] times on branches and 1.37 times on plain paths (`gruppo claim tempflow-grpo/weight`).
+1.10] times on branches and 1.37 times on plain paths (`gruppo claim tempflow-grpo/weight`). Trained for 30 iterations, branches
+without the weight ended 0.234 [0.058, 0.410] above plain paths and 0.077 +- 0.078 above as many calls of plain paths, and the
+weight changed nothing (`gruppo claim tempflow-grpo/alone`).
 
 Not for: a dear judge, or late steps alone: their children are nearly the same picture, and the group's std blows the judge's
 noise up to full advantages. Without the weight (`weighted=False`) this happens at every late step.
@@ -65,7 +68,7 @@ def deviations(batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class NoiseAware:
-    """Steps weigh what noise they inject. Without `constant` the weights' mean over the trained steps is 1, whatever the grid."""
+    """Steps weigh what noise they inject. Without `constant` the weights' mean over the trained steps is 1, on any grid."""
 
     constant: float | None = None
 

@@ -96,8 +96,8 @@ class Branches:
         smallest = self.n * min(len(s) for s in self.compared(self.seeds))
         if smallest < 2:
             raise GruppoError(
-                f"paths_per_prompt is {self.n}: the group of a step would hold {smallest}; it needs at least 2 children, because "
-                "a path is only ever compared with its siblings"
+                f"paths_per_prompt is {self.n}: the group of a step would hold {smallest}; it needs at least 2 children, "
+                "because a path is only ever compared with its siblings"
             )
         if not self.strides or min(self.strides) < 1 or len(set(self.strides)) < len(self.strides):
             raise GruppoError(f"the strides are {self.strides}; name one or more different whole numbers of at least 1")

@@ -2,8 +2,8 @@
 
     Tree(splits=(0, 3, 6, 9), fan=2, kernel=DanceSDE(.3))            16 pictures from 203 network calls instead of 320
 
-Leaves are the paths of the group; `fork` says where a path leaves its elder sibling, and of a shared transition exactly one row,
-the first that has it, is trained.
+Leaves are the paths of the group; `fork` says where a path leaves its elder sibling, and of a shared transition exactly one
+row, the first that has it, is trained.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ CORRELATED = Correlated()
 class Scaled:
     """s eta_b, as Fredreic1849/BranchGRPO draws it: s times the deviation that the log-probability assumes.
 
-    Biased: the draws are not from the Gaussian whose ratio is trained. Their log-probability per element lies (s^2 - 1) / 2 below
-    that of honest draws on average (7.5 at s = 4), and the gradient of log-density is s times as long.
+    Biased: the draws are not from the Gaussian whose ratio is trained. Their log-probability per element lies (s^2 - 1) / 2
+    below that of honest draws on average (7.5 at s = 4), and the gradient of log-density is s times as long.
     """
 
     s: float = 4.0
