@@ -36,7 +36,7 @@ from gruppo.graders.http import Patience
 from gruppo.graders.judge import Margin, WinRate
 from gruppo.graders.vision import Chat
 from gruppo.types import GruppoError, Path
-from gruppo.worlds.glyphs import COLOURS, COUNTS, GLYPHS, SHAPES, draw, task_of
+from gruppo.worlds.glyphs import COLOURS, COUNTS, GLYPHS, SHAPES, draw, look, task_of
 
 # Two rows in the layout of the published files, quoting included; the texts are made up.
 PUBLISHED = """index,prompt_en,sub_dims_en
@@ -325,12 +325,12 @@ def test_an_empty_picture_meets_nothing_and_a_strange_point_is_refused() -> None
 
 
 def test_mixed_things_are_not_consistent() -> None:
-    from gruppo.worlds.glyphs import Seen, Thing
-
-    two = Seen((Thing("red", "square", (0.0, 0.0)), Thing("red", "circle", (4.0, 4.0))), True)
-    assert not met(Point(CONSISTENCY, "all red squares"), two)
-    assert met(Point(QUANTITY, "two squares"), two)
-    assert not met(Point(CONSISTENCY, "all red squares"), Seen((Thing(None, None, (0.0, 0.0)),) * 2, True))
+    mixed = draw(task_of(1, "red", "square", "left"), Random(0))
+    mixed.paste(draw(task_of(1, "red", "circle", "right"), Random(0)).crop((16, 0, 32, 32)), (16, 0))
+    [seen] = look([mixed])
+    assert sorted(str(t.shape) for t in seen.things) == ["circle", "square"]  # in the order of their first pixels
+    assert not met(Point(CONSISTENCY, "all red squares"), seen)
+    assert met(Point(QUANTITY, "two squares"), seen)
 
 
 def test_the_verifier_as_a_scorer_and_so_as_a_judge() -> None:
