@@ -234,6 +234,8 @@ def evaluation_of(
         base["policy"] = {**base.get("policy", {}), "lora": None}
     else:
         base = {"model": target}
+        if (path / "model_index.json").exists():
+            base["recipe"] = "flow-grpo"  # evaluation asks a recipe nothing, but one for text does not fit a painter
     asked: dict[str, Any] = {"world": world, "data": data, "rewards": list(rewards) if rewards else None}
     if data is not None and base.get("world"):
         base.pop("world")

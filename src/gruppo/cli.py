@@ -128,7 +128,9 @@ def train(
     ] = None,
     recipe: Annotated[str | None, typer.Option(help="arXiv id or nickname; `gruppo list` shows them.")] = None,
     world: Annotated[str | None, typer.Option(help="An embedded world; `gruppo worlds` shows them.")] = None,
-    model: Annotated[str | None, typer.Option(help="A hub id or the folder of a causal language model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A hub id or folder: a causal language model, or a diffusers pipeline.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="JSONL, JSON, Parquet, CSV or a saved dataset, with a column `prompt`.")
     ] = None,
@@ -145,7 +147,7 @@ def train(
     plain: Plain = False,
     dry: Annotated[bool, typer.Option("--dry", help="Check and print the resolved run file, then stop.")] = False,
 ) -> None:
-    """Train. With nothing at all: GRPO on the world `arithmetic`.
+    """Train. With nothing at all: GRPO on the world `arithmetic`; the world `glyphs` paints, with MixGRPO.
 
     Later beats earlier: the world's defaults, the run file, the options and settings given here.
 
@@ -291,7 +293,9 @@ def compare(
         list[str], typer.Argument(metavar="ID ID ... [section.key=value ...]", help="Recipes, and settings for all of them.")
     ],
     world: Annotated[str | None, typer.Option(help="An embedded world; `gruppo worlds` shows them.")] = None,
-    model: Annotated[str | None, typer.Option(help="A hub id or the folder of a causal language model.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="A hub id or folder: a causal language model, or a diffusers pipeline.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="Problems with a column `prompt`.")] = None,
     reward: Annotated[
         list[str] | None, typer.Option(help="module:function, file.py:function or a reward model's folder; may be repeated.")

@@ -373,7 +373,9 @@ def assemble(*layers: Mapping[str, Any]) -> RunConfig:
 
         if given["world"] not in WORLDS:
             raise GruppoError(f"there is no world {given['world']!r}; {nearest(given['world'], WORLDS)}")
-        defaults = {k: dict(v) for k, v in WORLDS[given["world"]].defaults.items()}
+        world = WORLDS[given["world"]]
+        given = {"recipe": world.recipe, **given}
+        defaults = {k: dict(v) for k, v in world.defaults.items()}
         suited = defaults.get("recipe_args", {})
         taken = arguments(str(given.get("recipe", "grpo")))
         defaults["recipe_args"] = {k: v for k, v in suited.items() if k in taken}

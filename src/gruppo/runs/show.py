@@ -108,7 +108,11 @@ def headline(names: Iterable[str]) -> list[str]:
     )
     names = [n for n in names if n != "pass@1"]
     most = max((int(n.split("@")[1]) for n in names if n.startswith("pass@")), default=0)
-    return [n for want in order for n in names if re.fullmatch(want, n) and (not n.startswith("pass@") or n == f"pass@{most}")]
+    found = [n for want in order for n in names if re.fullmatch(want, n) and (not n.startswith("pass@") or n == f"pass@{most}")]
+    judged = [n for n in found if n not in ("length", "truncated")]
+    return (
+        found if judged else [*(n for n in ("reward", "greedy_reward") if n in names), *found]
+    )  # nothing is right or wrong here
 
 
 def shown(name: str, value: float | None) -> str:
@@ -353,7 +357,9 @@ class Show:
         """One line of held-out scores."""
         found = readings(scores)
         told = []
-        for name in (n for n in headline(found) if re.fullmatch(r"greedy|mean(@\d+)?|recall@\d+|ndcg@\d+|format|length", n)):
+        for name in (
+            n for n in headline(found) if re.fullmatch(r"greedy|mean(@\d+)?|recall@\d+|ndcg@\d+|format|length|reward", n)
+        ):
             r = found[name]
             told.append(f"{label(name)} {shown(name, r.value)}" + (f" ({i})" if (i := interval(name, r)) else ""))
         self._line(f"held out, step {step}:  " + "  ".join(told), style=None if self.plain else "bold")

@@ -343,6 +343,7 @@ class PictureWorld:
     course: Training
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     metrics: tuple[Callable[[list[Group]], dict[str, float]], ...] = ()
+    recipe: str = "mix-grpo"  # what trains it when none is named
 
     def equipped(self, policy: Any) -> Any:
         """The policy as it is: a painter has no tools."""

@@ -48,6 +48,7 @@ class World:
     course: tuple[Phase, ...]  # how the base model is trained
     defaults: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     tags: tuple[str, ...] = ()  # tags of its own that are one token each
+    recipe: str = "grpo"  # what trains it when none is named
     talk: Talk | None = None  # the tools and rules of a world whose paths are conversations
     metrics: tuple[Callable[[list[Group]], dict[str, float]], ...] = ()  # what an evaluation reports beside the signals
 
