@@ -86,9 +86,8 @@ class Near(nn.Module):
         self.first = nn.Conv2d(channels, channels, 3, padding=1)
         self.second = nn.Conv2d(channels, channels, 3, padding=1)
         self.adapt = nn.Linear(width, 2 * channels)
-        for layer in (self.adapt, self.second):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for weight in (*self.adapt.parameters(), *self.second.parameters()):
+            nn.init.zeros_(weight)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adapt(c)[:, :, None, None].chunk(2, 1)
@@ -116,9 +115,8 @@ class GlyphModel(nn.Module):
         self.after = nn.ModuleList(Near(C, D) for _ in range(config.near))
         self.leave = nn.Conv2d(C, 4 * 3, 3, padding=1)
         nn.init.normal_(self.words.weight, std=0.5)
-        for layer in (self.adapt, self.leave):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        for weight in (*self.adapt.parameters(), *self.leave.parameters()):
+            nn.init.zeros_(weight)
 
     def forward(self, x: Tensor, sigma: Tensor, words: Tensor) -> Tensor:
         n = self.config.side // 4
