@@ -344,6 +344,17 @@ def test_autocast_keeps_the_gradient_beside_a_detached_branch(folders: dict[str,
     assert torch.nn.functional.cosine_similarity(full, half, 0) > 0.98
 
 
+def test_prompts_are_encoded_outside_of_autocast(folders: dict[str, FilePath], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same words must be told the same way, whether they are asked for or avoided."""
+    painter = painter_of("sd3", folders["sd3"])
+    seen: list[bool] = []
+    condition = painter.condition
+    monkeypatch.setattr(painter, "condition", lambda p: (seen.append(torch.is_autocast_enabled("cpu")), condition(p))[1])
+    policy = FlowPolicy(painter, steps=STEPS, cfg=CFG(3.0), autocast=torch.bfloat16)
+    still(policy, policy.noise(1, seeded(0)), PROMPTS[:1], FlowSDE(), 1)
+    assert seen == [False, False]
+
+
 def test_guidance_that_a_painter_proposes(folders: dict[str, FilePath]) -> None:
     assert painter_of("sd3", folders["sd3"]).cfg == CFG(7.0)
     assert painter_of("qwen", folders["qwen"], guidance=2.5).cfg == CFG(2.5, rescale=True, negative=" ")

@@ -9,8 +9,9 @@ A `Painter` is all that differs between networks: what a prompt is, what a laten
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any, Protocol, runtime_checkable
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from gruppo.policies.kernels import DDIM, FlowSDE, History, Kernel, Solver, over
 from gruppo.types import Batch, GruppoError, Path, Reference, Scope, Steps
+
+KEPT = 4 * 2**30  # bytes of conditions that are remembered: an endless stream of prompts must not fill the memory
 
 
 @runtime_checkable
@@ -119,17 +122,17 @@ class Course:
 
 @dataclass
 class Walk:
-    """Latents on the way: `x` [n, k + 1, ...] at the steps begin .. begin + k, `logp` and `mean` of those steps."""
+    """Latents on the way: `x` [n, k + 1, ...] at the steps begin .. begin + k, `logp` and `mean` of those steps.
 
-    x: Tensor
+    `x` and `mean` are in the host's memory: at 1024 x 1024 pixels a latent is a megabyte, and a batch holds thousands.
+    """
+
+    x: Tensor  # the last latent alone [n, 1, ...] where the trail was not asked for
+    last: Tensor  # [n, ...] where the network stands
     logp: Tensor  # [n, k], 0 at deterministic steps
-    mean: Tensor  # [n, k, ...]
+    mean: Tensor | None  # [n, k, ...] where asked for
     clean: Tensor  # [n, ...] the picture that the last network call expected
-    history: list[History] = field(default_factory=list)  # per course
-
-    @property
-    def last(self) -> Tensor:
-        return self.x[:, -1]
+    history: History = field(default_factory=list)  # what a solver may look back at
 
 
 class FlowPolicy:
@@ -151,7 +154,8 @@ class FlowPolicy:
         self.steps, self.eval_steps = steps, eval_steps or steps
         self.reference: Reference | None = None
         self.counts: Counter[str] = Counter()
-        self._conditions: dict[str, Any] = {}
+        self._conditions: dict[Hashable, Any] = {}
+        self._bytes = 0  # of the conditions
         painter.model.eval()  # dropout would make the ratio differ from 1 before the first update
 
     @property
@@ -214,13 +218,16 @@ class FlowPolicy:
         g: torch.Generator | None = None,
         noise: Tensor | None = None,
         solver: Solver | None = None,
-        history: list[History] | None = None,
+        history: History | None = None,
+        trail: bool = True,
+        means: bool = False,
         counted: str = "sampled",
     ) -> Walk:
         """Rows `x` [n, ...] from step `begin` to step `end` of their courses (one per row, or one for all; one length).
 
         Noisy steps draw with `g`, or take `noise` [n, end - begin, ...]. Deterministic steps are the kernel's own, or the
-        solver's, which may look back at `history` (as the walk before left it).
+        solver's, which may look back at `history` (as the walk before left it). `trail` keeps the latents of every step,
+        `means` those that noisy steps were drawn around.
         """
         courses = list(courses) * (len(x) if len(courses) == 1 else 1)
         if len(courses) != len(x):
@@ -233,8 +240,13 @@ class FlowPolicy:
         kernel = self.fitting(courses[0].kernel)
         if solver is not None and self.epsilon:
             raise GruppoError(f"{type(solver).__name__} solves rectified flows, but this network predicts epsilon")
-        trail, logps, means = [x], [], []
-        past: list[History] = [list(h) for h in history] if history else [[] for _ in range(1)]
+        if solver is not None and not (bool((sigma == sigma[:1]).all()) and bool(((level > 0) == (level[:1] > 0)).all())):
+            raise GruppoError(
+                f"{type(solver).__name__} takes one step for all latents that walk together, but these {len(x)} have different "
+                "grids or different noisy steps; walk them apart"
+            )
+        latents, logps, centres = [x.cpu()], [], []
+        past: History = list(history or [])
         clean = x
         for t in range(begin, end):
             a, b, s = sigma[:, t].float(), sigma[:, t + 1].float(), level[:, t].float()
@@ -243,7 +255,7 @@ class FlowPolicy:
             std = kernel.deviation(a, b, s)
             mean = kernel.mean(x, v, a, b, s)
             if solver is not None:
-                past[0] = [*past[0][-1:], (float(a[0]), clean)]
+                past = [*past[-1:], (float(a[0]), clean)]
             if bool((std > 0).any()):
                 if noise is not None:
                     eps = noise[:, t - begin].to(x)
@@ -255,17 +267,20 @@ class FlowPolicy:
                 safe = torch.where(std > 0, std, torch.ones_like(std))
                 logp = torch.where(std > 0, kernel.logp(x, mean, safe), torch.zeros_like(std))
             else:
-                x = mean if solver is None else solver(x, past[0], float(b[0]))
+                x = mean if solver is None else solver(x, past, float(b[0]))
                 mean = x
                 logp = torch.zeros_like(std)
-            trail.append(x)
             logps.append(logp)
-            means.append(mean)
-        none = x.new_zeros(len(x), 0)
+            if trail:
+                latents.append(x.cpu())
+            if means:
+                centres.append(mean.cpu())
+        empty = x.new_zeros(len(x), 0)
         return Walk(
-            torch.stack(trail, 1),
-            torch.stack(logps, 1) if logps else none,
-            torch.stack(means, 1) if means else x.new_zeros(len(x), 0, *x.shape[1:]),
+            torch.stack(latents, 1) if trail else x.cpu()[:, None],
+            x,
+            torch.stack(logps, 1) if logps else empty,
+            None if not means else torch.stack(centres, 1) if centres else x.cpu().new_zeros(len(x), 0, *x.shape[1:]),
             clean,
             past,
         )
@@ -278,28 +293,32 @@ class FlowPolicy:
 
     @torch.no_grad()
     def sample(self, prompts: Sequence[Any], *, g: torch.Generator) -> list[Path]:
-        """One picture per prompt, painted without noise on the evaluation's grid. Nothing in these paths can be trained."""
+        """One picture per prompt, painted without noise on the evaluation's grid.
+
+        Nothing in these paths can be trained, so of their latents only the last is kept.
+        """
         sigmas = self.painter.sigmas(self.eval_steps)
         courses = [Course.of(p, sigmas, self.kernel, ()) for p in prompts]
-        done = self.walk(self.noise(len(courses), g), courses, 0, len(sigmas) - 1, counted="evaluated")
+        done = self.walk(self.noise(len(courses), g), courses, 0, len(sigmas) - 1, trail=False, counted="evaluated")
         still = torch.zeros(len(sigmas) - 1, dtype=torch.bool)
         images = self.decode(done.last)
-        rows = zip(courses, done.x.cpu(), done.logp.cpu(), images)
+        rows = zip(courses, done.x, done.logp.cpu(), images)
         return [Path(c, x, logp, still.clone(), image) for c, x, logp, image in rows]
 
     # -- the network --------------------------------------------------------------------------------------------------
 
     def conditions(self, prompts: Sequence[Any]) -> list[Any]:
         """What the network is told of each prompt; encoded once per prompt and kept."""
-        keys = [p if isinstance(p, str) else repr(p) for p in prompts]
+        keys = [key_of(p) for p in prompts]
         new = list({k: p for k, p in zip(keys, prompts) if k not in self._conditions}.items())
         if new:
-            if len(self._conditions) + len(new) > 4096:  # an endless stream of prompts must not fill the memory
-                self._conditions.clear()
-                new = list(dict(zip(keys, prompts)).items())
             with torch.no_grad():
                 found = self.painter.encode([p for _, p in new])
             self.counts["encoded"] += len(new)
+            self._bytes += sum(map(bytes_of, found))
+            if self._bytes > KEPT:
+                self._conditions = {k: self._conditions[k] for k in keys if k in self._conditions}
+                self._bytes = sum(map(bytes_of, [*self._conditions.values(), *found]))
             self._conditions.update(zip([k for k, _ in new], found))
         return [self._conditions[k] for k in keys]
 
@@ -315,10 +334,11 @@ class FlowPolicy:
 
     def _guided(self, x: Tensor, sigma: Tensor, prompts: Sequence[Any]) -> Tensor:
         conditions = self.conditions(prompts)
+        guided = self.cfg is not None and self.cfg.scale != 1
+        empty = self.conditions([self.cfg.negative]) * len(x) if self.cfg is not None and guided else []
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            if self.cfg is None or self.cfg.scale == 1:
+            if self.cfg is None or not guided:
                 return self.painter.predict(x, sigma, conditions).float()
-            empty = self.conditions([self.cfg.negative]) * len(x)
             if self.cfg.detach:
                 # in this order: autocast keeps the weights it has cast, and those cast without gradient pass none on
                 c = self.painter.predict(x, sigma, conditions)
@@ -344,7 +364,7 @@ class FlowPolicy:
         zeros = torch.zeros(B, T, device=self.device)
         return Steps(
             logp=zeros.index_put(at, logp),
-            mean=torch.zeros(B, T, *self.painter.shape, device=self.device).index_put(at, mean),
+            mean=torch.zeros(B, T, *self.painter.shape, device=self.device).index_put_(at, mean),  # in place: it is large
             std=torch.ones(B, T, device=self.device).index_put(at, std).reshape(B, T, *[1] * len(self.painter.shape)),
         )
 
@@ -437,10 +457,12 @@ def shared(pairs: Sequence[tuple[Path, int]]) -> tuple[list[int], list[int]]:
     first: list[int] = []
     whose: list[int] = []
     known: dict[tuple[Any, ...], list[int]] = {}
+    prompts = {id(c): c.prompt for c in (course_of(path) for path, _ in pairs)}
+    keys = {i: key_of(prompt) for i, prompt in prompts.items()}
     for k, (path, t) in enumerate(pairs):
         course, x = course_of(path), path.steps[t]
         few = x.flatten()[:4].tolist()
-        key = (course.prompt if isinstance(course.prompt, str) else repr(course.prompt), float(course.sigmas[t]), *few)
+        key = (keys[id(course)], float(course.sigmas[t]), *few)
         for call in known.setdefault(key, []):
             other, s = pairs[first[call]]
             if torch.equal(other.steps[s], x):
@@ -451,6 +473,39 @@ def shared(pairs: Sequence[tuple[Path, int]]) -> tuple[list[int], list[int]]:
             whose.append(len(first))
             first.append(k)
     return first, whose
+
+
+def key_of(prompt: Any) -> Hashable:
+    """Equal for prompts that say the same.
+
+    Pictures, arrays and tensors count by their numbers: what Python prints of them is cut short or an address, and an address is
+    used again.
+    """
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Mapping):
+        return type(prompt), frozenset((key_of(k), key_of(v)) for k, v in prompt.items())
+    if isinstance(prompt, (list, tuple)):
+        return type(prompt), tuple(key_of(part) for part in prompt)
+    if isinstance(prompt, Tensor):
+        numbers = prompt.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        return Tensor, prompt.dtype, tuple(prompt.shape), hashlib.sha256(numbers).digest()
+    if hasattr(prompt, "tobytes"):  # PIL, numpy
+        form = [getattr(prompt, name, None) for name in ("mode", "size", "shape", "dtype")]
+        return type(prompt), str(form), hashlib.sha256(prompt.tobytes()).digest()
+    if not isinstance(prompt, Hashable):
+        raise GruppoError(
+            f"a prompt holds a {type(prompt).__name__}, which cannot be compared; use text, numbers, pictures, tensors"
+        )
+    return type(prompt), prompt  # kept with its condition, so that no other object gets its address
+
+
+def bytes_of(condition: Any) -> int:
+    """Of all tensors in it."""
+    if isinstance(condition, Tensor):
+        return condition.nbytes
+    parts = condition.values() if isinstance(condition, Mapping) else condition
+    return sum(map(bytes_of, parts)) if isinstance(condition, (Mapping, list, tuple)) else 0
 
 
 def narrowed(batch: Batch, pairs: Sequence[tuple[int, int]]) -> Batch:
