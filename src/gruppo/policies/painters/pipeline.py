@@ -103,7 +103,7 @@ class PipelinePainter(ABC):
         if wrong is not None:
             raise GruppoError(f"the prompts of {self.pipelines} are strings, not {type(wrong).__name__}: {str(wrong)[:80]!r}")
         with torch.no_grad():
-            return [self.condition(p) for p in prompts]
+            return [_kept(self.condition(p)) for p in prompts]
 
     def decode(self, x: Tensor) -> list[Any]:
         """PIL images; a few latents at a time, because an autoencoder needs far more memory than the network."""
@@ -128,12 +128,16 @@ class PipelinePainter(ABC):
         return bool(getattr(self.pipeline, self.network).config.get("guidance_embeds", False))
 
     @property
+    def device(self) -> torch.device:
+        return getattr(self.pipeline, self.network).device
+
+    @property
     def dtype(self) -> torch.dtype:
         return getattr(self.pipeline, self.network).dtype
 
     def stacked(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Conditions as the network's dtype wants them."""
-        return torch.stack(list(tensors)).to(self.dtype)
+        """Conditions where the network stands, in its dtype."""
+        return torch.stack(list(tensors)).to(self.device, self.dtype)
 
     def scheduler_for(self, steps: int, *, sigmas: list[float] | None = None, mu: float | None = None) -> Any:
         """A copy of the pipeline's scheduler, set to this many steps, with its own levels before the shift if not given."""
@@ -243,6 +247,11 @@ def unpacked(x: Tensor, height: int, width: int) -> Tensor:
     B, _, C = x.shape
     x = x.reshape(B, height // 2, width // 2, C // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
     return x.reshape(B, C // 4, height, width)
+
+
+def _kept(condition: Any) -> Any:
+    """A condition in the memory of the host: thousands of prompts are kept, at some megabytes each."""
+    return condition.cpu() if isinstance(condition, Tensor) else tuple(part.cpu() for part in condition)
 
 
 def _plain(value: Any) -> Any:

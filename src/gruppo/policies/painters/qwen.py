@@ -44,8 +44,8 @@ class QwenPainter(PipelinePainter):
         return self.model(
             hidden_states=x.to(self.dtype),
             timestep=sigma,
-            encoder_hidden_states=words.to(self.dtype),
-            encoder_hidden_states_mask=real,
+            encoder_hidden_states=words.to(x.device, self.dtype),
+            encoder_hidden_states_mask=None if real is None else real.to(x.device),
             img_shapes=[self.area] * len(x),
             return_dict=False,
         )[0]
