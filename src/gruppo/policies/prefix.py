@@ -273,11 +273,14 @@ def plan(prompts: Sequence[Tensor], steps: Sequence[Tensor], where: Tensor, cost
     rows = [ids[:n] for ids, n in zip(whole, kept.tolist())]
     layout = lay(rows, cost.least if least is None else least)
     layout.cost = cost
-    offset = torch.cat([torch.zeros(1, dtype=torch.long), kept.cumsum(0)])
-    spot = torch.from_numpy(np.concatenate(layout.spots))[offset[row] + before[row] + step - 1]
-    pair = torch.stack([spot, torch.stack([whole[i][n] for i, n in zip(row.tolist(), (before[row] + step).tolist())])])
-    once, which = pair.unique(dim=1, return_inverse=True)
-    return Plan(layout, layout.pick(rows), torch.from_numpy(layout.depth), row, step, once[0], once[1], which)
+    begin = kept.cumsum(0) - kept
+    spot = torch.from_numpy(np.concatenate(layout.spots))[begin[row] + before[row] + step - 1]
+    long = torch.tensor([len(ids) for ids in whole])
+    target = torch.cat(whole)[(long.cumsum(0) - long)[row] + before[row] + step]
+    wide = int(target.max()) + 1
+    once, which = (spot * wide + target).unique(return_inverse=True)  # a position may predict other tokens in other rows
+    position = torch.from_numpy(layout.depth)
+    return Plan(layout, layout.pick(rows), position, row, step, once // wide, once % wide, which)
 
 
 @dataclass(frozen=True)
