@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from gruppo.core.collate import collate
-from gruppo.policies.flow import CFG, Course, FlowPolicy, shared
+from gruppo.policies import flow
+from gruppo.policies.flow import CFG, Course, FlowPolicy, key_of, shared
 from gruppo.policies.kernels import CPS, DanceSDE, DPMSolver2M, FlowSDE
+from gruppo.policies.reference import Average
 from gruppo.recipes.golden_flow import FlowDraw, Points, flow_grading, tiny_flow
 from gruppo.rollouts import Trajectories
 from gruppo.rollouts.trajectories import but_last
-from gruppo.types import Batch, Group, GruppoError
+from gruppo.types import Batch, Group, GruppoError, Task
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -154,6 +159,76 @@ def test_prompts_are_encoded_once() -> None:
     assert policy.counts["encoded"] == 3
 
 
+def test_prompts_that_are_no_strings_are_told_apart_by_what_they_hold() -> None:
+    """Printed, large tensors are cut short, and pictures are addresses that the next picture may get."""
+    big, other = torch.zeros(2000), torch.zeros(2000)
+    other[1000] = 1.0
+    red, blue = Image.new("RGB", (64, 64), "red"), Image.new("RGB", (64, 64), "blue")
+    prompts: list[Any] = [
+        "a", "{'text': 'a'}", {"text": "a"}, {"text": "b"}, ["a"], ("a",), big, other, big.double(), red, blue,
+        {"text": "a", "image": red}, {"text": "a", "image": blue}, np.zeros(2000), other.numpy(), 1, True, None,
+    ]  # fmt: skip
+    assert len({key_of(p) for p in prompts}) == len(prompts)
+    assert key_of({"image": red, "text": "a"}) == key_of({"text": "a", "image": red.copy()})
+    assert key_of(big) == key_of(big.clone())
+    with pytest.raises(GruppoError, match="a prompt holds a set"):
+        key_of({"words": {1, 2}})
+
+
+class Pictured(Points):
+    """Prompts are mappings with a tensor; what the network is told is its first number."""
+
+    def encode(self, prompts: list[Any]) -> list[Any]:
+        return [p["goal"][-4:] for p in prompts]
+
+
+def test_prompts_with_tensors_are_encoded_once_and_share_no_calls() -> None:
+    policy = FlowPolicy(Pictured(), steps=3)
+    goals = [torch.zeros(2000), torch.zeros(2000)]
+    goals[1][-1] = 1.0
+    tasks = [Task({"goal": goal}) for goal in goals]
+    groups = Trajectories(2, shared_noise=True)(policy, tasks, lambda groups: groups, rng())
+    assert policy.counts["encoded"] == 2
+    same = [replace(p, steps=groups[0].paths[0].steps) for g in groups for p in g.paths]
+    assert shared([(p, 0) for p in same]) == ([0, 2], [0, 0, 1, 1])
+    again = policy.conditions([{"goal": goals[1].clone()}])
+    assert policy.counts["encoded"] == 2
+    assert again[0].tolist() == [0, 0, 0, 1]
+
+
+def test_an_endless_stream_of_prompts_is_forgotten_by_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flow, "KEPT", 3 * 16)  # three conditions of four numbers
+    policy = tiny_flow()
+    for _ in range(2):
+        policy.conditions(["a", "b", "c"])
+    assert policy.counts["encoded"] == 3
+    told = policy.conditions(["b", "d"])  # the fourth is one too many: what this call does not need goes
+    assert [c.tolist() for c in told] == [[0, 1, 0, 0], [0, 0, 0, 1]]
+    policy.conditions(["b", "d"])
+    assert policy.counts["encoded"] == 4
+    policy.conditions(["a"])
+    assert policy.counts["encoded"] == 5
+
+
+def test_a_moving_average_is_a_reference_of_a_flow() -> None:
+    policy = tiny_flow()
+    batch = batch_of(policy)
+    average = Average(0.5)(policy)
+    with torch.no_grad():
+        before = policy.evaluate(batch).logp
+        for p in policy.parameters():
+            p.add_(0.1)
+        after = policy.evaluate(batch).logp
+    assert torch.equal(average.evaluate(batch).logp, before)
+    average.update([])
+    half = tiny_flow()
+    with torch.no_grad():
+        for p in half.parameters():
+            p.add_(0.05)
+        torch.testing.assert_close(average.evaluate(batch).logp, half.evaluate(batch).logp)
+        assert torch.equal(policy.evaluate(batch).logp, after)
+
+
 def test_a_deterministic_step_is_never_trained() -> None:
     policy = tiny_flow()
     groups = groups_of(policy, noisy=but_last)
@@ -190,6 +265,32 @@ def test_the_solver_looks_back_over_the_legs_of_a_walk() -> None:
     first = policy.walk(start, course, 0, 3, solver=solver)
     torch.testing.assert_close(policy.walk(first.last, course, 3, 5, solver=solver, history=first.history).last, x)
     assert not torch.allclose(policy.walk(first.last, course, 3, 5, solver=solver).last, x)
+
+
+def test_a_solver_takes_no_step_for_latents_on_different_grids() -> None:
+    policy = tiny_flow()
+    course = Course.of("a", policy.sigmas, FlowSDE(), [0])
+    for other in (replace(course, sigmas=course.sigmas * 0.9), Course.of("a", policy.sigmas, FlowSDE(), [1])):
+        with pytest.raises(GruppoError, match="different grids or different noisy steps"):
+            policy.walk(policy.noise(2, rng()), [course, other], 0, 6, g=rng(), solver=DPMSolver2M())
+        apart = policy.walk(policy.noise(2, rng()), [course, other], 0, 6, noise=torch.ones(2, 6, 2))
+        alone = policy.walk(policy.noise(2, rng())[1:], [other], 0, 6, noise=torch.ones(1, 6, 2))
+        torch.testing.assert_close(apart.x[1:], alone.x)  # without one every latent walks along its own course
+        torch.testing.assert_close(apart.logp[1:], alone.logp)
+
+
+def test_latents_are_kept_where_they_are_asked_for() -> None:
+    policy = tiny_flow()
+    course, x = [Course.of("a", policy.sigmas, FlowSDE())], policy.noise(2, rng())
+    whole = policy.walk(x, course, 0, 6, g=rng(), means=True)
+    short = policy.walk(x, course, 0, 6, g=rng(), trail=False)
+    assert whole.x.shape == (2, 7, 2)
+    assert whole.mean is not None
+    assert whole.mean.shape == (2, 6, 2)
+    assert short.mean is None
+    assert torch.equal(short.x, whole.x[:, -1:])
+    assert torch.equal(short.last, whole.x[:, -1])
+    assert [len(p.steps) for p in policy.sample(["a"], g=rng())] == [1]
 
 
 def test_evaluation_paints_without_noise_and_trains_nothing() -> None:

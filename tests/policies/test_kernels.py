@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gruppo.policies.kernels import CPS, DDIM, DanceSDE, DPMSolver2M, FlowSDE, Kernel, WanSDE, flow_ode, over
+from gruppo.policies.schedules import linear, twice_shifted, unipc, unipc_below_one
 from gruppo.types import GruppoError
 
 X = torch.tensor([[0.5, -1.0]], dtype=torch.float64)
@@ -58,6 +59,36 @@ def test_a_grid_that_begins_a_rounding_error_above_1_is_pure_noise() -> None:
     S = torch.tensor([1.0000000000000002, 0.9, 0.5, 0.0], dtype=torch.float64)
     near(FlowSDE(0.7).levels(S)[:1], 2.2135943621)
     assert FlowSDE().levels(S).isfinite().all()
+
+
+@pytest.mark.parametrize("grid", [unipc(20, 3.0), unipc(20, 3.0).float(), unipc_below_one(20, 3.0), unipc_below_one(20, 5.0)])
+def test_a_grid_that_begins_a_hair_below_1_is_pure_noise(grid: Tensor) -> None:
+    """By the formula s were 700 or 38 there, and the mean's factor 1 - s^2 h / (2 sigma) about -4000 or -11."""
+    S, level = grid.double(), FlowSDE(0.7).levels(grid)
+    near(level[:1], 0.7 * math.sqrt(float(S[0] / (1 - S[1]))), atol=1e-6)
+    keep = 1 - level.square() * (S[:-1] - S[1:]) / (2 * S[:-1])
+    assert bool((keep > 0.5).all())
+    assert bool((keep < 1).all())
+
+
+def test_a_grid_that_begins_elsewhere_follows_the_formula() -> None:
+    near(FlowSDE(0.7).levels(torch.tensor([0.8, 0.6, 0.0], dtype=torch.float64)), 1.4, 0.7 * math.sqrt(1.5))
+
+
+@pytest.mark.parametrize("kernel", [FlowSDE(), DanceSDE(), WanSDE(), CPS()])
+def test_a_schedule_in_single_precision_is_the_same_schedule(kernel: Kernel) -> None:
+    for S in (linear(10, 3.0), twice_shifted(10, 3.0)):
+        rough = S.float()
+        torch.testing.assert_close(kernel.levels(rough), kernel.levels(S), atol=1e-6, rtol=1e-6)
+        both = [kernel.deviation(g[:-1].double(), g[1:].double(), kernel.levels(S)) for g in (S, rough)]
+        torch.testing.assert_close(*both, atol=1e-6, rtol=0)
+
+
+def test_dance_is_finite_at_pure_noise() -> None:
+    mean, sd, _, logp = step(DanceSDE(0.3), [1, 0.9, 0], 0)
+    near(sd, 0.3 * math.sqrt(0.1))
+    near(mean, *(0.5 * (1 - 0.045 * 0.1) - 0.2 * 0.1, -1 * (1 - 0.045 * 0.1) - 0.4 * 0.1))
+    assert bool(logp.isfinite())
 
 
 def test_another_velocity_changes_the_ratio() -> None:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gruppo.core.collate import collate
+from gruppo.core.collate import collate, drop_abstained
+from gruppo.core.reduce import weigh
 from gruppo.policies.flow import Course
 from gruppo.policies.kernels import DDIM, DanceSDE
+from gruppo.policies.schedules import linear
 from gruppo.recipes.dance_grpo import Best, Parts, dance_grpo
 from gruppo.recipes.flow_grpo import Compared
 from gruppo.recipes.golden_flow import FlowDraw, flow_grading, tiny_flow
+from gruppo.recipes.mix_grpo import mix_grpo
 from gruppo.rollouts.trajectories import Trajectories
 from gruppo.types import Group, GruppoError, Path, Task
 
@@ -76,8 +79,51 @@ def test_updates_cut_every_prompt_into_equal_parts() -> None:
     groups = [g.with_(advantage=torch.ones(4, 3)) for g in (group([1.0, 2.0, 3.0, 4.0]), group([1.0, 2.0, 3.0, 4.0]))]
     parts = list(Parts(2)(collate(groups)))
     assert [p.group.tolist() for p in parts] == [[0, 0, 1, 1]] * 2
-    with pytest.raises(GruppoError, match="8 trained paths cannot be cut into 9"):
+    with pytest.raises(GruppoError, match="8 paths cannot be cut into 9"):
         list(Parts(9)(collate(groups)))
+
+
+def test_where_most_rewards_abstained_there_are_fewer_optimizer_steps() -> None:
+    """One bad hour of a judge must not end a run, and no optimizer step is left without a path."""
+    nan = float("nan")
+    groups = [drop_abstained(g) for g in (group([1.0, nan, nan, nan]), group([nan, 2.0, nan, nan]))]
+    batch = collate([g.with_(advantage=torch.ones(4, 3)) for g in groups])
+    assert [p.mask.any(1).tolist() for p in Parts(4)(batch)] == [[True], [True]]
+    assert [p.group.tolist() for p in Parts(4)(batch)] == [[0], [1]]
+
+
+def test_parts_hold_the_steps_that_each_path_trains() -> None:
+    """Every path trains steps of its own; the parts together train each of them once, and each weighs its own by itself."""
+    made = dance_grpo(n=4, tau=0.5, updates=2)
+    groups = made.rollout(tiny_flow(), FlowDraw(0, 0, [0]).more(2), flow_grading(), torch.Generator().manual_seed(0))
+    batch = collate([g.with_(advantage=torch.ones(4, 6)) for g in groups])
+    parts = list(made.cadence(batch))
+    assert [id(p) for part in parts for p in part.paths] == [id(batch.paths[i]) for i in (0, 2, 4, 6, 1, 3, 5, 7)]
+    assert sum(int(part.mask.sum()) for part in parts) == int(batch.mask.sum()) == 8 * 2
+    for part in parts:
+        assert float(weigh(part, made.reduce).weight.sum()) == pytest.approx(1.0)
+
+
+def test_best_of_n_ranks_several_rewards_by_their_weighted_sum() -> None:
+    made = dance_grpo(weights={"first": 1.0, "second": 10.0}, best=2)
+    one = group([0.0] * 4, first=[1.0, 2.0, 3.0, 9.0], second=[0.0, 0.1, 0.9, 0.2])  # 1, 3, 12, 11
+    one = one.with_(reward=made.reward(one))
+    one = one.with_(advantage=made.advantage(one))
+    (narrow,) = made.across([one])
+    assert [p.mask.any().item() for p in narrow.paths] == [True, False, True, False]
+    assert narrow.advantage is one.advantage
+
+
+def test_advantages_are_clamped_and_taken_by_the_sample_deviation() -> None:
+    for made in (dance_grpo(), mix_grpo(), dance_grpo(weights={"x": 1.0}), mix_grpo(weights={"x": 1.0})):
+        one = group([0.0] * 99 + [1.0], x=[0.0] * 99 + [1.0])
+        one = one.with_(reward=made.reward(one.with_(signals={**one.signals, "reward": one.signals["x"]})))
+        assert float(made.advantage(one).max()) == 5.0
+
+
+def test_timesteps_of_the_flux_script() -> None:
+    told = (1000 * linear(16, 3.0)[:-1]).int().tolist()
+    assert told == [1000, 978, 954, 928, 900, 868, 833, 794, 750, 700, 642, 576, 500, 409, 300, 166]
 
 
 def test_networks_that_predict_epsilon_step_by_ddim() -> None:

@@ -63,10 +63,28 @@ def test_calls_and_trained_steps_are_counted() -> None:
 
 def test_shares_of_the_trained_steps() -> None:
     assert list(Share(0.99)(everywhere(10, rng()), 10, rng())) == list(range(9))
-    for T, share, down, up in ((16, 0.6, 9, 9), (25, 0.6, 14, 15), (50, 0.6, 29, 30), (20, 0.6, 11, 12)):
+    for T, share, down, up in ((16, 0.6, 9, 10), (25, 0.6, 14, 15), (50, 0.6, 29, 30), (20, 0.6, 11, 12)):
         noisy = but_last(T, rng())
         assert len(RandomShare(share)(noisy, T, rng())) == down
         assert len(RandomShare(share, up=True)(noisy, T, rng())) == up
+
+
+def test_a_share_of_all_steps_is_at_most_all_noisy_ones() -> None:
+    assert RandomShare(1.0, up=True)(but_last(5, rng()), 5, rng()) == [0, 1, 2, 3]
+    assert len(RandomShare(0.55, up=True)(everywhere(20, rng()), 20, rng())) == 11  # .55 * 20 is 11.000000000000002
+
+
+def test_the_samplers_means_are_kept_where_a_method_reads_them() -> None:
+    policy = tiny_flow()
+    assert all(p.mean is None for g in groups_of(policy) for p in g.paths)
+    for group in groups_of(policy, keep_means=True, noisy=but_last):
+        for path in group.paths:
+            assert path.mean is not None
+            assert path.mean.shape == (6, 2)
+            drawn = (path.steps[1:] - path.mean) / path.prompt.deviations[:, None].float()
+            assert torch.equal(path.mean[-1], path.steps[-1])
+            again = -drawn.square().mean(1) / 2 - path.prompt.deviations.float().log() - 0.9189385
+            torch.testing.assert_close(again[:-1], path.logp[:-1], atol=1e-4, rtol=0)
 
 
 def test_every_path_draws_its_own_trained_steps() -> None:
@@ -201,6 +219,23 @@ def test_a_grid_of_another_form_is_continued_by_straight_lines() -> None:
     grid = CompressedTail(1.0)(S, [0])
     torch.testing.assert_close(grid, torch.tensor([1.0, 0.7, 0.6, 0.2, 0.0], dtype=torch.float64)[: len(grid)], atol=0.2, rtol=0)
     assert float(grid[-1]) == 0
+
+
+def test_the_solver_waits_for_the_last_noisy_step_and_remembers_it() -> None:
+    """Between two noisy steps the ODE goes on; the first step behind the last of them is of second order already."""
+    policy, solver = tiny_flow(steps=8), DPMSolver2M()
+    path = groups_of(policy, n=2, noisy=lambda T, g: [1, 3], solver=solver)[0].paths[0]
+    S = path.prompt.sigmas.float()
+    expected = []
+    with torch.no_grad():
+        for t in range(8):
+            v = policy.velocity(path.steps[t][None], S[t : t + 1], [path.prompt.prompt], counted="sampled")[0]
+            expected.append((float(S[t]), path.steps[t] - S[t] * v))
+            if t in (0, 2):
+                torch.testing.assert_close(path.steps[t + 1], path.steps[t] + (S[t + 1] - S[t]) * v)
+            elif t > 3:
+                torch.testing.assert_close(path.steps[t + 1], solver(path.steps[t], expected[-2:], float(S[t + 1])))
+                assert t == 7 or not torch.allclose(path.steps[t + 1], path.steps[t] + (S[t + 1] - S[t]) * v, atol=1e-5)
 
 
 def test_the_solver_takes_over_behind_the_window() -> None:

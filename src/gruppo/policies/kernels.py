@@ -21,6 +21,7 @@ from torch import Tensor
 from gruppo.types import GruppoError
 
 ONE = 1e-6  # a grid that starts at "1" may hold 1.0000000000000002, which must not come under a root as 1 - sigma < 0
+HAIR = 0.1  # of its first step: a grid that begins nearer to 1 than this begins at pure noise
 
 
 @runtime_checkable
@@ -82,7 +83,11 @@ def flow_sde_mean(x: Tensor, v: Tensor, sigma: Tensor, sigma_next: Tensor, level
 
 @dataclass(frozen=True)
 class FlowSDE:
-    """Flow-GRPO (2505.05470): s = eta sqrt(sigma / (1 - sigma)); at sigma = 1 the grid's second value takes sigma's place."""
+    """Flow-GRPO (2505.05470): s = eta sqrt(sigma / (1 - sigma)); at sigma = 1 the grid's second value takes sigma's place.
+
+    So it does where the grid begins a hair below 1, as UniPC's grids do (0.999999, in older releases 0.9997): s would be 700
+    or 38 there, and one Euler step would multiply the latent by -4000 or -11.
+    """
 
     eta: float = 0.7
 
@@ -91,7 +96,9 @@ class FlowSDE:
 
     def levels(self, sigmas: Tensor) -> Tensor:
         sigma = sigmas[:-1].double()
-        below = torch.where(sigma >= 1 - ONE, sigmas[1].double(), sigma)
+        noise = sigma >= 1 - ONE
+        noise[0] |= 1 - sigma[0] < HAIR * (sigma[0] - sigmas[1])
+        below = torch.where(noise, sigmas[1].double(), sigma)
         return self.eta * (sigma.clamp(max=1.0) / (1 - below)).sqrt()
 
     def clean(self, x: Tensor, v: Tensor, sigma: Tensor) -> Tensor:

@@ -11,13 +11,14 @@ that predict epsilon (SD 1.x) the step is DDIM with noise (`ddim` = its eta).
 
 | | here | paper | reference code |
 |---|---|---|---|
-| trained steps | int((T - 1) tau), `up` for the other | ceil(tau T) | int((T - 1) tau) |
+| trained steps | int((T - 1) tau); with `up` ceil(tau T) of the T - 1 | ceil(tau T) | int((T - 1) tau) |
 | log-density | mean over elements | sum | mean over elements |
 | std | sample (n - 1), eps 1e-8 | "std" | the same |
 | advantage | clamped to +-5 | not said | the same |
 | several rewards | normalised, then added (`weights`) | the same | the same; Hunyuan adds two clipped losses |
 | best-of-N | `best`: upper and lower half; the rest trains and weighs nothing | the same | the same; odd: one more from the top |
 | optimizer steps | `updates` equal parts of a batch | 4 per iteration | every few samples of a rank |
+| told noise level | sigma | not said | int(1000 sigma) / 1000 |
 | diffusion step | DDIM | Euler step of an SDE | DDIM, eta 1 |
 | first noise of SD 1.x | one per prompt | one per prompt | one for the whole batch |
 | a reward that fails | abstains: the path is left out | not said | -1 |
@@ -91,10 +92,11 @@ class Parts:
 
     def __call__(self, batch: Batch) -> Iterable[Batch]:
         live = batch.mask.any(1).nonzero()[:, 0].tolist()
-        if self.parts > len(live):
-            raise GruppoError(f"a batch of {len(live)} trained paths cannot be cut into {self.parts} optimizer steps")
-        for j in range(self.parts):
-            yield batch.rows(live[j :: self.parts])
+        if self.parts > len(batch):
+            raise GruppoError(f"a batch of {len(batch)} paths cannot be cut into {self.parts} optimizer steps")
+        parts = min(self.parts, len(live))  # where most rewards abstained: fewer steps, none of them empty
+        for j in range(parts):
+            yield batch.rows(live[j::parts])
 
 
 def dance_grpo(

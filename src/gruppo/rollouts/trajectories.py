@@ -65,13 +65,13 @@ class Share:
 
 @dataclass(frozen=True)
 class RandomShare:
-    """A random part of the noisy steps, drawn for every path: int(share * number of them), rounded up with `up`."""
+    """A random part of the noisy steps, drawn for every path: int(share * number of them); with `up` ceil(share * T)."""
 
     share: float
     up: bool = False
 
     def __call__(self, noisy: Sequence[int], T: int, g: torch.Generator) -> list[int]:
-        k = (math.ceil if self.up else int)(len(noisy) * self.share)
+        k = math.ceil(round(T * self.share, 9)) if self.up else int(len(noisy) * self.share)
         return sorted(noisy[i] for i in torch.randperm(len(noisy), generator=g)[:k].tolist())
 
 
@@ -120,30 +120,29 @@ class Trajectories:
         return grade(groups)
 
     def walk(self, policy: Any, x: Tensor, courses: list[Course], tail: int, g: torch.Generator) -> Walk:
-        """From noise to picture; the solver takes over behind step `tail` and remembers what came before."""
-        T = len(courses[0])
+        """From noise to picture; from step `tail` on the solver takes the steps, and remembers the noisy one before them."""
+        T, means = len(courses[0]), self.keep_means
         if self.solver is None:
-            return policy.walk(x, courses, 0, T, g=g)
-        begin = int(courses[0].stochastic.nonzero()[0])
-        return joined(
-            policy.walk(x, courses, 0, begin, g=g), lambda last: policy.walk(last, courses, begin, T, g=g, solver=self.solver)
-        )
+            return policy.walk(x, courses, 0, T, g=g, means=means)
+        first = policy.walk(x, courses, 0, tail - 1, g=g, means=means)
+        return joined(first, policy.walk(first.last, courses, tail - 1, T, g=g, solver=self.solver, means=means))
 
     def group(
         self, task: Task, course: Course, done: Walk, rows: Sequence[int], masks: Sequence[Tensor], images: list[Any]
     ) -> Group:
         """The rows of one prompt as a group."""
+        logp = done.logp.cpu()
         return Group(
             task,
             [
                 Path(
                     course,
-                    done.x[r].cpu(),
-                    done.logp[r].cpu(),
+                    done.x[r],
+                    logp[r],
                     mask,
                     images[r],
                     fork=(0, 0) if self.shared_noise and r != rows[0] else None,
-                    mean=done.mean[r].cpu() if self.keep_means else None,
+                    mean=None if done.mean is None else done.mean[r],
                 )
                 for r, mask in zip(rows, masks)
             ],
@@ -164,13 +163,13 @@ def mask_of(T: int, trained: Sequence[int], course: Course) -> Tensor:
     return mask & course.stochastic
 
 
-def joined(first: Walk, then: Callable[[Tensor], Walk]) -> Walk:
-    """One walk of two legs."""
-    second = then(first.last)
+def joined(first: Walk, second: Walk) -> Walk:
+    """Two legs as one walk."""
     return Walk(
         torch.cat([first.x, second.x[:, 1:]], 1),
+        second.last,
         torch.cat([first.logp, second.logp], 1),
-        torch.cat([first.mean, second.mean], 1),
+        None if first.mean is None or second.mean is None else torch.cat([first.mean, second.mean], 1),
         second.clean,
         second.history,
     )

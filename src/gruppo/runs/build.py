@@ -98,6 +98,14 @@ def painting_policy(config: RunConfig, model: Any, peft_config: Any) -> FlowPoli
         painter = load_painter(
             source, dtype=DTYPES[own.dtype], device=own.device, size=own.size, frames=own.frames, guidance=own.guidance
         )
+    if own.gradient_checkpointing:
+        enable = getattr(painter.model, "enable_gradient_checkpointing", None)
+        if enable is None:
+            raise GruppoError(
+                f"policy.gradient_checkpointing is on, but a {type(painter.model).__name__} cannot compute its layers a second "
+                "time; remove it, and lower fit.token_budget instead"
+            )
+        enable()
     if peft_config is not None:
         painter.model = with_adapter(painter.model, peft_config, config.fit.seed)
     elif own.lora is not None:
@@ -126,8 +134,9 @@ def probe(policy: Any, task: Task, g: torch.Generator) -> list[SampledPath]:
     sigmas = policy.sigmas
     course = Course.of(task.prompt, sigmas, policy.kernel)
     done = policy.walk(policy.noise(2, g), [course], 0, len(course), g=g, counted="probed")
+    logp = done.logp.cpu()
     images = policy.decode(done.last)
-    return [SampledPath(course, done.x[i].cpu(), done.logp[i].cpu(), course.stochastic, images[i]) for i in range(2)]
+    return [SampledPath(course, done.x[i], logp[i], course.stochastic, images[i]) for i in range(2)]
 
 
 def agree(policy: Any, config: RunConfig, paths: list[SampledPath]) -> None:
@@ -135,7 +144,7 @@ def agree(policy: Any, config: RunConfig, paths: list[SampledPath]) -> None:
     if config.policy.dtype != "float32" or config.policy.autocast:
         return
     read = policy.score(paths)
-    gap = max(float((p.logp - now)[p.mask].abs().max()) for p, now in zip(paths, read) if p.mask.any())
+    gap = max((float((p.logp - now)[p.mask].abs().max()) for p, now in zip(paths, read) if p.mask.any()), default=0.0)
     if not gap < MOST_GAP:
         raise GruppoError(
             f"the sampler's and the trainer's log-probabilities of the same steps differ by {gap:.3g} before step 0 (in "
