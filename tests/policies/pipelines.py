@@ -96,7 +96,7 @@ def qwen() -> Any:
         joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     vae = AutoencoderKLQwenImage(
-        base_dim=12, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], latents_mean=[0.1, -0.2, 0.0, 0.3],
+        base_dim=12, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False], latents_mean=[2.0, -3.0, 1.0, 4.0],
         latents_std=[1.5, 2.0, 0.5, 1.0],
     )  # fmt: skip
     language = Qwen2_5_VLConfig(

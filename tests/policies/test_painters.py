@@ -128,7 +128,7 @@ def test_sampling_takes_the_kernel_that_the_network_needs(name: str, folders: di
     painter = painter_of(name, folders[name])
     policy = FlowPolicy(painter, steps=2, eval_steps=STEPS)
     path = policy.sample(PROMPTS[:1], g=seeded(3))[0]
-    told = asked_of_pipeline(name, painter, PROMPTS[0], path.steps[:1], None)[0]
+    told = asked_of_pipeline(name, painter, PROMPTS[0], policy.noise(1, seeded(3)), None)[0]
     torch.testing.assert_close(path.steps[-1], told, atol=1e-4, rtol=0)
     assert not path.mask.any()
 
@@ -319,6 +319,14 @@ def test_guidance_sends_gradient_through_both_branches_or_one(name: str, folders
     torch.testing.assert_close(of(CFG(s, negative="blue square")), (1 - s) * u + s * c, **told)
     torch.testing.assert_close(of(CFG(s, negative="blue square", detach=True)), s * c, **told)
     assert float(u.norm()) > 0.1 * float(c.norm())
+
+
+def test_detached_guidance_passes_nothing_on() -> None:
+    c, u = (torch.ones(1, 4, requires_grad=True) for _ in range(2))
+    CFG(3.0, detach=True)(c, u).sum().backward()
+    assert u.grad is None
+    assert c.grad is not None
+    assert c.grad.tolist() == [[3.0] * 4]
 
 
 def test_rescaled_guidance_has_the_conditional_norm(folders: dict[str, FilePath]) -> None:
