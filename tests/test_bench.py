@@ -34,7 +34,7 @@ def test_the_same_rows_each_time() -> None:
 
 
 def test_shared_and_ordinary_training_have_one_gradient() -> None:
-    sides = [bench.Here(SMALL, sharing) for sharing in (None, bench.prefix.Rates(call=1e3, margin=-1e9))]
+    sides = [bench.Here(SMALL, sharing) for sharing in (None, bench.prefix.Rates(call=1e3, small=0.0, margin=-1e9))]
     old = sides[0].score()
     losses = [s.train(s.given(old)) for s in sides]
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)

@@ -339,8 +339,8 @@ def table(found: list[dict[str, Any]], profiles: dict[str, list[tuple[str, float
         "Equal work: the same weights, tokens, advantages and micro-batches; log-probabilities, loss and gradient agree to",
         f"{max(max(r['apart'].values()) for r in found):.0e} before anything is timed. Times are CPU seconds of one thread. "
         "*Limit*: the operations of the step with every",
-        "shared token computed once, at the measured rate of a large matrix product. *Ratio*: TRL's time / gruppo's. *Saved*: how many times as many operations",
-        "rows in full, padded to the longest, take. *Peak*: memory that one step adds.",
+        "shared token computed once, at the measured rate of a large matrix product. *Ratio*: TRL's time / gruppo's.",
+        "*Saved*: how many times as many operations full rows, padded to the longest, take. *Peak*: memory that one step adds.",
         "",
         "| prompt/completion | groups | phase | TRL ms | gruppo ms | ratio (min..max) | saved | completion tokens/s | of limit |",
         "|---|---|---|---|---|---|---|---|---|",

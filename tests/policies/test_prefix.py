@@ -29,8 +29,9 @@ from gruppo.recipes import recipe
 from gruppo.train import accumulate
 from gruppo.types import Batch, Group, GruppoError, Path, Task
 
-ALWAYS = prefix.Rates(pair=1.0, call=0.0, touch=0.0, margin=-1e9)  # fork wherever rows part, whatever it gains
-PADDED = prefix.Rates(pair=0.01, call=2e4, touch=0.0, margin=-1e9)  # forks of three tokens or more, all lengths in one call
+ALWAYS = prefix.Rates(pair=1.0, call=0.0, touch=0.0, small=0.0, margin=-1e9)  # fork wherever rows part, whatever it gains
+# forks of three tokens or more, all lengths in one call
+PADDED = prefix.Rates(pair=0.01, call=2e4, touch=0.0, small=0.0, margin=-1e9)
 FORMS: tuple[prefix.Form, ...] = ("lse", "two", "mask")
 
 
@@ -662,7 +663,7 @@ def test_a_model_too_small_to_win_back_its_calls_keeps_the_ordinary_forward() ->
 def test_what_does_not_gain_the_margin_is_not_shared() -> None:
     some = batch("parallel")
     prompts, steps = [p.prompt for p in some.paths], [p.steps for p in some.paths]
-    free = prefix.Rates(pair=1.0, call=0.0, touch=0.0, margin=0.0)
+    free = prefix.Rates(pair=1.0, call=0.0, touch=0.0, small=0.0, margin=0.0)
     policy = policy_of(sharing=free)
     plan = policy._plan(prompts, steps, some.mask)
     assert plan is not None

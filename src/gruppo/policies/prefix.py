@@ -171,6 +171,7 @@ class Rates:
     pair: float = 1.0  # an operation of attention
     call: float = 3e6  # an attention call of one layer: dispatch, in forward and backward
     touch: float = 80.0  # a number that is gathered or merged
+    small: float = 2e8  # an ordinary forward below this is done before a layout is made
     margin: float = 0.05  # the gain below which the ordinary forward is kept
 
 
@@ -211,8 +212,8 @@ class Cost:
         return max(1, math.ceil(2 * self.rates.call * self.layers / (2 * self.weights)))
 
     def worth(self, ordinary: float) -> bool:
-        """Whether an ordinary forward of this cost is long enough that sharing could win back its own calls."""
-        return ordinary > 4 * self.layers * self.rates.call
+        """Whether an ordinary forward of this cost is long enough that sharing could win back layout and calls."""
+        return ordinary > max(self.rates.small, 4 * self.layers * self.rates.call)
 
     def ordinary(self, count: int, width: int) -> float:
         """Every row in full, `count` rows padded to `width` tokens."""
