@@ -149,11 +149,9 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     rows = run(asked.steps, asked.paths, asked.prompts, asked.rounds)
-    text = table(
-        rows,
-        f"{asked.steps} denoising steps, {asked.paths} paths, {asked.prompts} prompts an iteration, median of {asked.rounds} "
-        f"rounds; calls and steps per prompt; one thread of {platform.processor() or platform.machine()}, torch {torch.__version__}.",
-    )
+    what = f"{asked.steps} denoising steps, {asked.paths} paths, {asked.prompts} prompts an iteration"
+    where = f"one thread of {platform.processor() or platform.machine()}, torch {torch.__version__}"
+    text = table(rows, f"{what}, median of {asked.rounds} rounds; calls and steps per prompt; {where}.")
     print(text)
     if asked.out is not None:
         asked.out.mkdir(parents=True, exist_ok=True)
