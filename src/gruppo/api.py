@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from gruppo.graders.sources import load as load_source
+from gruppo.policies.flow import FlowPolicy
 from gruppo.recipe import Recipe
 from gruppo.runs import data as tasks_of
 from gruppo.runs.build import build_policy, world_of
@@ -48,22 +49,24 @@ class Run:
         return self.session.policy.tokenizer
 
     def evaluate(self, data: Any = None, *, samples: int = 4, greedy: bool = True, metrics: Sequence[Metric] = ()) -> Evaluation:
-        """The trained model on the run's held-out tasks, or on data of your own."""
+        """The trained model, or its moving average where the run keeps one, on held-out tasks or on data of your own."""
         tasks = self.session.held_out if data is None else tasks_of.load_data(data)
         if not tasks:
             raise GruppoError("this run holds nothing out; pass data to evaluate on")
         rng = torch.Generator().manual_seed(self.session.config.fit.seed)
         grade = self.session.stages[-1].grade
-        return evaluate(
-            self.session.policy,
-            tasks,
-            grade,
-            rng,
-            samples=samples,
-            greedy=greedy,
-            by=self.session.config.eval.by,
-            metrics=metrics_of(self.session.config, metrics),
-        )
+        policy = self.session.policy
+        with self.session.averaged():
+            return evaluate(
+                policy,
+                tasks,
+                grade,
+                rng,
+                samples=samples,
+                greedy=greedy and not isinstance(policy, FlowPolicy),  # a flow has no likeliest picture
+                by=self.session.config.eval.by,
+                metrics=metrics_of(self.session.config, metrics),
+            )
 
 
 def train(

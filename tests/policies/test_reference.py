@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tests.policies.models import FAMILIES, batch_of, gradient, policy_of, relative, rng
 
-from gruppo.policies.reference import AdapterOff, Average, Ema, Frozen, initial, swapped
+from gruppo.policies.reference import AdapterOff, Average, Ema, Frozen, Warming, initial, swapped
 from gruppo.policies.token import TokenPolicy
 
 
@@ -139,6 +139,21 @@ def test_the_average_moves_only_every_so_many_iterations():
     assert all(torch.equal(a, b) for a, b in zip(first, reference.weights))
     reference.update([])
     assert all(torch.equal(a, b) for a, b in zip(policy.parameters(), reference.weights))
+
+
+def test_a_warming_average_follows_its_formula():
+    assert [round(Warming()(n), 4) for n in (0, 7, 15, 79, 80, 81, 10_000)] == [0.1, 0.4706, 0.64, 0.8989, 0.9, 0.9, 0.9]
+    policy = policy_of()
+    average = Ema(policy, Warming(most=0.6, slow=4.0), 2)
+    expected = [p.detach().clone().double() for p in policy.parameters()]
+    for step in range(6):  # n = 1, 3, 5 at the second, fourth, sixth update: 2/5, 4/7, 6/9 > .6
+        disturb(policy, seed=step)
+        average.update([])
+        if step % 2:
+            d = {1: 2 / 5, 3: 4 / 7, 5: 0.6}[step]
+            expected = [d * e + (1 - d) * p.detach().double() for e, p in zip(expected, policy.parameters())]
+    for w, e in zip(average.weights, expected):
+        torch.testing.assert_close(w.double(), e, atol=1e-6, rtol=0)
 
 
 def test_the_average_of_low_precision_weights_does_not_stand_still():

@@ -13,9 +13,12 @@ import torch
 from PIL import Image
 from tests.runs.small import Quiet, silent
 
+from gruppo.api import Run
 from gruppo.policies.flow import FlowPolicy
+from gruppo.policies.reference import swapped
 from gruppo.runs.compare import compare
 from gruppo.runs.config import assemble
+from gruppo.runs.evaluate import evaluate
 from gruppo.runs.report import browsable, side_by_side, write_report
 from gruppo.runs.session import Session
 from gruppo.types import GruppoError
@@ -96,6 +99,22 @@ def test_resumed_after_two_steps_the_third_is_the_same(done: Session, tmp_path: 
     ours, theirs = (s.folder.records(s.folder.metrics)[-1] for s in (again, done))
     for key in ("reward", "loss", "grad_norm"):
         assert ours[key] == theirs[key]
+
+
+def test_from_python_a_run_evaluates_its_averaged_weights_and_no_greedy_picture(tmp_path: Path) -> None:
+    fit = {**SMALL["fit"], "steps": 2, "learning_rate": 1e-2, "ema": {"every": 1, "slow": 1000}}
+    made = run(tmp_path, fit=fit)
+    found = Run(made, *made.scores()).evaluate(samples=2)
+    recorded = made.folder.records(made.folder.evals)[-1]["scores"]
+    assert "greedy" not in found.scores
+    with swapped(made.policy, made.average.weights if made.average is not None else []):
+        averaged = evaluate(
+            made.policy, made.held_out, made.stages[0].grade, torch.Generator().manual_seed(0), samples=2, greedy=False
+        )
+    assert found.scores["plain"] == averaged.scores["plain"]
+    own = evaluate(made.policy, made.held_out, made.stages[0].grade, torch.Generator().manual_seed(0), samples=2, greedy=False)
+    assert found.scores["plain"] != own.scores["plain"]
+    assert recorded.keys() == found.as_dict()["scores"].keys()
 
 
 def test_a_checkpoint_is_a_model_of_its_own(done: Session, tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ CASES: dict[str, dict[str, Any]] = {
     "schedule": {"fit": {"warmup_steps": 7, "decay_to": 0.1, "epochs": 2, "updates_per_epoch": 2, "weight_decay": 0.01}},
     "bfloat16": {"policy": {"dtype": "bfloat16"}},
     "evaluated": {"eval": {"every": 2, "greedy": True}},
+    "averaged": {"fit": {"ema": {"every": 3, "most": 0.7}}, "eval": {"every": 2, "greedy": True}},
     "abstaining": {},
     "refilling": {"recipe": "dapo", "recipe_args": {"length": 8, "cache": 2}},
 }

@@ -13,9 +13,12 @@ from tests.runs.small import Quiet, config, files, rows, session, silent, write_
 from tests.tiny import FAMILIES, tiny_folder, tiny_model, tiny_tokenizer
 
 from gruppo.policies.load import load_model, load_tokenizer
+from gruppo.policies.reference import snapshot
 from gruppo.recipe import Column, Signal
 from gruppo.recipes import recipe
-from gruppo.runs.config import validate
+from gruppo.runs import session as sessions
+from gruppo.runs.config import merge, validate
+from gruppo.runs.evaluate import evaluate
 from gruppo.runs.session import Given, Session, headline, rate_of
 from gruppo.types import GruppoError
 
@@ -280,6 +283,54 @@ def test_the_evaluation_leaves_the_training_alone(tmp_path: Path) -> None:
     one.run(Quiet())
     two.run(Quiet())
     assert torch.equal(logits(one.policy.model), logits(two.policy.model))
+
+
+def test_evaluations_use_the_moving_average_and_training_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After n steps of the optimizer the average stands where its formula says, evaluated and saved beside the weights."""
+    seen: list[list[torch.Tensor]] = []
+
+    def watched(policy: Any, *given: Any, **numbers: Any) -> Any:
+        seen.append(snapshot(policy))
+        return evaluate(policy, *given, **numbers)
+
+    monkeypatch.setattr(sessions, "evaluate", watched)
+    changes: dict[str, Any] = {"fit": {"epochs": 2}, "track": {"save_every": 1, "keep_last": 9}}
+    plain = session(tmp_path, name="plain", **changes)
+    plain.run(Quiet())
+    before = seen[:]
+    seen.clear()
+    made = session(tmp_path, name="averaged", **merge(changes, {"fit": {"ema": {"most": 0.5, "slow": 4, "every": 2}}}))
+    made.run(Quiet())
+    for a, b in zip(plain.policy.parameters(), made.policy.parameters()):
+        assert torch.equal(a, b)  # what is trained and sampled from is untouched
+    trained = [[t.clone() for t in before[0]]]
+    for step in range(1, 5):
+        made.policy.restore(made.folder.checkpoint(step))
+        trained.append(snapshot(made.policy))
+    expected = trained[0]
+    for n, weights in zip((1, 3, 5, 7), trained[1:]):  # two optimizer steps an iteration; n were taken before the second
+        d = min((1 + n) / (4 + n), 0.5)
+        expected = [d * e + (1 - d) * w for e, w in zip(expected, weights)]
+    assert len(seen) == len(before) == 2
+    for first, last, start, wanted, end in zip(seen[0], seen[1], trained[0], expected, trained[-1]):
+        assert torch.equal(first, start)
+        torch.testing.assert_close(last, wanted, atol=1e-6, rtol=0)
+        assert float((wanted - end).abs().max()) > 1e-5
+    made.policy.restore(made.folder.checkpoint(4) / "average")
+    for saved, wanted in zip(made.policy.parameters(), seen[1]):
+        assert torch.equal(saved, wanted)
+
+
+def test_an_optimizer_step_that_is_left_out_does_not_move_the_average(tmp_path: Path) -> None:
+    made = session(tmp_path, fit={"ema": {}, "skip_grad_norm": 1e-9})
+    made.run(Quiet())
+    assert made.average is not None
+    assert made.average.seen == 0
+
+
+def test_a_moving_average_of_one_stage_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GruppoError, match=r"stage 2 sets fit\.ema, but the moving average goes on over all stages"):
+        config(tmp_path, stages=[{}, {"fit": {"ema": {}}}])
 
 
 def test_checkpoints_are_compared_by_sampled_accuracy_first() -> None:

@@ -6,7 +6,7 @@ policy itself with other numbers in its parameters, so that a reference can neve
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +31,17 @@ class Average:
 
     def __call__(self, policy: Any) -> Reference:
         return Ema(policy, self.decay, self.every)
+
+
+@dataclass(frozen=True)
+class Warming:
+    """min((1 + n) / (slow + n), most) after n steps: short at first, when the weights are still far from where they will be."""
+
+    most: float = 0.9
+    slow: float = 10.0
+
+    def __call__(self, n: int) -> float:
+        return min((1 + n) / (self.slow + n), self.most)
 
 
 def snapshot(policy: Any) -> list[Tensor]:
@@ -82,19 +93,20 @@ class Frozen(_Swapped):
 
 
 class Ema(_Swapped):
-    """The moving average of the trained parameters."""
+    """The moving average of the trained parameters. `decay` may depend on the number of updates before."""
 
-    def __init__(self, policy: Any, decay: float, every: int) -> None:
+    def __init__(self, policy: Any, decay: float | Callable[[int], float], every: int) -> None:
         super().__init__(policy)
         self.weights = [w.float() for w in self.weights]  # in bfloat16 a step of 1 - decay would be rounded away
         self.decay, self.every, self.seen = decay, every, 0
 
     @torch.no_grad()
     def update(self, groups: list[Group]) -> None:
-        self.seen += 1
+        before, self.seen = self.seen, self.seen + 1
         if self.seen % self.every == 0:
+            decay = self.decay(before) if callable(self.decay) else self.decay
             for w, p in zip(self.weights, self.policy.parameters()):
-                w.lerp_(p.detach().to(w), 1 - self.decay)
+                w.lerp_(p.detach().to(w), 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
         return {"seen": self.seen, "weights": self.weights}

@@ -74,6 +74,18 @@ class PolicySection(Section):
         return self
 
 
+class AverageSection(Section):
+    """A moving average of the trained weights, with which the run is evaluated.
+
+    After every so many optimizer steps: average <- d average + (1 - d) weights, d = min((1 + n) / (slow + n), most), where n
+    optimizer steps were taken before. The defaults are those of yifan123/flow_grpo; the paper (2505.05470) names none.
+    """
+
+    most: float = Field(0.9, ge=0, lt=1)
+    slow: float = Field(10.0, ge=1)
+    every: int = Field(8, ge=1)
+
+
 class FitSection(Section):
     """How much is sampled and how the optimizer moves."""
 
@@ -87,6 +99,7 @@ class FitSection(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
     skip_grad_norm: float | None = Field(None, gt=0)  # an optimizer step whose gradient norm reaches this is left out
+    ema: AverageSection | None = None  # evaluate a moving average of the weights; `fit.ema={}` for its defaults
     epochs: int | None = Field(None, ge=1)  # passes over each step's paths; the recipe's own when not given
     updates_per_epoch: int | None = Field(None, ge=1)  # optimizer steps per pass
     token_budget: int = Field(8192, ge=1)  # tokens per forward and backward; changes memory, never the gradient
@@ -200,6 +213,10 @@ class RunConfig(Section):
         if self.name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise GruppoError(f"the run's name {self.name!r} would make a strange folder; use letters, digits, '.', '_' and '-'")
         for stage in range(len(self.stages)):
+            if "ema" in self.stages[stage].fit:
+                raise GruppoError(
+                    f"stage {stage + 1} sets fit.ema, but the moving average goes on over all stages; set it for the whole run"
+                )
             self.at(stage)
         return self
 

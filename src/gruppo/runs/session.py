@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 from gruppo.core.collate import NotFinite, Passes
 from gruppo.policies.flow import FlowPolicy
 from gruppo.policies.load import ignored_sampling, load_tokenizer, save
-from gruppo.policies.reference import initial
+from gruppo.policies.reference import Ema, Warming, initial, swapped
 from gruppo.recipe import Recipe, check_needs, whole
 from gruppo.recipes import find, recipe
 from gruppo.rollouts.stale import stale
@@ -45,6 +45,7 @@ from gruppo.train import fit
 from gruppo.types import Group, GruppoError, Reference, Task
 
 RECIPE_FILE, PEFT_FOLDER, INITIAL_FOLDER = "recipe.pickle", "peft", "initial"
+AVERAGE_FOLDER = "average"  # in a checkpoint: the model with the averaged weights
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,11 @@ class Session:
         self.optimizer = torch.optim.AdamW(
             list(self.policy.parameters()), lr=0.0, betas=config.fit.betas, weight_decay=config.fit.weight_decay
         )
+        self.average = None
+        if (ema := config.fit.ema) is not None:
+            self.average = Ema(self.policy, Warming(ema.most, ema.slow), ema.every)
+            # the optimizer's own steps count: an iteration may hold several, and one that is skipped is none
+            self.optimizer.register_step_post_hook(lambda *_: self.average.update([]) if self.average is not None else None)
         self.trackers = [tracker(name, folder.path) for name in config.track.to]
         self.sampled = Sampled(self.policy)
         self._enter(0)
@@ -296,6 +302,8 @@ class Session:
             or "an endless stream",
             "held-out tasks": f"{len(self.held_out):,}",
         }
+        if (ema := self.config.fit.ema) is not None:
+            out["evaluated"] = f"a moving average of the weights (decay up to {ema.most:g}, every {ema.every} optimizer steps)"
         if isinstance(self.policy, FlowPolicy):
             return out
         ignored = ignored_sampling(self.policy.model, self.policy.temperature)
@@ -436,16 +444,17 @@ class Session:
         rng = torch.Generator().manual_seed(own.tasks + 1_000_003 * self.config.fit.seed)  # never the training rng
         grade = self.stages[self.stage].grade
         counted = counters(grade)
-        found = evaluate(
-            self.policy,
-            self.held_out,
-            grade,
-            rng,
-            samples=own.samples,
-            greedy=own.greedy,
-            by=own.by,
-            metrics=metrics_of(self.config, self.given.metrics),
-        )
+        with self.averaged():
+            found = evaluate(
+                self.policy,
+                self.held_out,
+                grade,
+                rng,
+                samples=own.samples,
+                greedy=own.greedy,
+                by=own.by,
+                metrics=metrics_of(self.config, self.given.metrics),
+            )
         set_counters(grade, counted)  # what a held-out grade abstained on belongs to the evaluation's own counts
         self.folder.append(self.folder.evals, {"step": self.step, "time": time.time(), **found.as_dict()})
         self._save_groups("evals", self.step, found.groups + found.greedy_groups)
@@ -457,6 +466,10 @@ class Session:
             self.best = {"step": self.step, "metric": name, "score": value}
             return True
         return False
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The policy with the averaged weights, where the run keeps an average."""
+        return nullcontext() if self.average is None else swapped(self.policy, self.average.weights)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -472,17 +485,23 @@ class Session:
             "optimizer": self.optimizer.state_dict(),
             "memories": [[m.state_dict() for m in s.recipe.state] for s in self.stages],
             "references": [r.state_dict() for r in self.references.values()],
+            "average": None if self.average is None else self.average.state_dict(),
             "counters": [counters(s.grade) for s in self.stages],
         }
 
     def _save(self) -> None:
         lora = self.config.policy.lora
+        merge = bool(lora and lora.merge)
+
+        def write(folder: Path) -> None:
+            self.policy.save(folder, merge=merge)
+            if self.average is not None:  # the model whose scores were measured
+                (folder / AVERAGE_FOLDER).mkdir()
+                with self.averaged():
+                    self.policy.save(folder / AVERAGE_FOLDER, merge=merge)
+
         try:
-            self.folder.save(
-                self.step,
-                lambda folder: self.policy.save(folder, merge=bool(lora and lora.merge)),
-                self.state(),
-            )
+            self.folder.save(self.step, write, self.state())
         except GruppoError as error:
             steps = self.folder.steps()
             raise GruppoError(f"{error} (the last complete checkpoint is of step {steps[-1] if steps else 'none'})") from error
@@ -506,6 +525,8 @@ class Session:
             set_counters(stage.grade, counted)
         for reference, saved in zip(self.references.values(), state["references"], strict=True):
             reference.load_state_dict(saved)
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
 
 
 # -- parts --------------------------------------------------------------------------------------------------------------------
