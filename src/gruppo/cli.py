@@ -381,12 +381,13 @@ def found_claim(found: Any) -> dict[str, Any]:
 @app.command()
 def doctor(
     model: Annotated[str | None, typer.Option(help="A model folder or hub id; an embedded base model by default.")] = None,
+    world: Annotated[str | None, typer.Option(help="The base model of this world, or its prompts for --model.")] = None,
     as_json: Json = False,
 ) -> None:
     """Measure on this machine and model what training relies on; exits with 1 when something is broken."""
     from gruppo.runs.doctor import main as examine
 
-    raise typer.Exit(examine(model, as_json))
+    raise typer.Exit(examine(model, as_json, world))
 
 
 @app.command()

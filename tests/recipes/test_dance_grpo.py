@@ -52,6 +52,16 @@ def test_best_of_n_keeps_both_ends(keep: int, kept: list[int]) -> None:
     assert torch.equal(narrow.advantage, one.advantage)  # from all six
 
 
+def test_the_recipe_compares_all_paths_before_it_drops_the_middle() -> None:
+    one = group([0.1, 0.2, 0.5, 0.4, 0.9])
+    made, every = dance_grpo(best=2), dance_grpo()
+    one = one.with_(advantage=made.advantage(one))
+    torch.testing.assert_close(one.advantage, every.advantage(one), atol=0, rtol=0)
+    (narrow,) = made.across([one])
+    assert [p.mask.any().item() for p in narrow.paths] == [True, False, False, False, True]
+    assert narrow.advantage is one.advantage
+
+
 def test_dropped_paths_weigh_nothing() -> None:
     one = group([0.1, 0.2, 0.3, 0.4])
     one = one.with_(advantage=Compared(1, 1e-8)(one))

@@ -13,6 +13,7 @@ from gruppo.core.gaussian import WithGaussianKL, exact, gaussian_kl, without_dt
 from gruppo.core.surrogate import PPOClip
 from gruppo.policies.flow import Course
 from gruppo.policies.kernels import CPS, FlowSDE, Kernel
+from gruppo.recipe import Recipe
 from gruppo.recipes import recipe
 from gruppo.recipes.flow_fast import Guarded, flow_cps, flow_grpo_fast, grpo_guard
 from gruppo.recipes.flow_grpo import BatchStd, Clamped, Compared, flow_grpo
@@ -109,6 +110,38 @@ def test_advantages_stay_within_5() -> None:
     (group,) = groups_of([0.0] * 99 + [1.0])
     assert float(Compared(0, 1e-4)(group).max()) > 9
     assert float(Clamped(Compared(0, 1e-4))(group).max()) == 5
+
+
+@pytest.mark.parametrize("made", [flow_grpo(), flow_grpo_fast(), flow_cps(), grpo_guard()])
+def test_every_recipe_of_the_family_compares_by_the_population_and_clamps(made: Recipe) -> None:
+    first, rare = groups_of([0.2, 0.4, 0.9, 0.5], [0.0] * 99 + [1.0])
+    torch.testing.assert_close(
+        made.advantage(first)[:, 0], torch.tensor([-1.1762354533, -0.3920784844, 1.5683139378, 0.0]), atol=1e-6, rtol=0
+    )
+    assert float(made.advantage(rare).max()) == 5.0
+
+
+def test_one_deviation_for_the_batch_is_clamped_too_and_hears_no_abstained_reward() -> None:
+    (rare,) = flow_grpo(batch_std=True).across(groups_of([0.0] * 99 + [1.0]))
+    assert rare.advantage is not None
+    assert float(rare.advantage.max()) == 5.0
+    nan = float("nan")
+    heard, other = flow_grpo(batch_std=True).across(groups_of([0.2, 0.4, 0.9, 0.5, nan], [0.1] * 4))
+    assert heard.advantage is not None
+    assert other.advantage is not None
+    expected = torch.tensor([-1.1137583896, -0.3712527965, 1.4850111861, 0.0, 0.0])
+    torch.testing.assert_close(heard.advantage[:, 0], expected, atol=1e-6, rtol=0)
+    assert not other.advantage.any()
+
+
+def test_the_divergence_is_the_papers_and_the_reference_is_read_where_it_counts() -> None:
+    loss = flow_grpo().loss
+    assert isinstance(loss, WithGaussianKL)
+    assert loss.form is exact
+    assert loss.beta == 0.004
+    for made in (flow_grpo_fast(), flow_cps(), grpo_guard()):
+        assert made.reference is None
+        assert not isinstance(made.loss, WithGaussianKL)
 
 
 def test_trained_steps_of_ten() -> None:

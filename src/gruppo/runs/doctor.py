@@ -22,6 +22,7 @@ from torch import Tensor
 
 from gruppo.core.collate import collate
 from gruppo.core.reduce import weigh
+from gruppo.policies.flow import FlowPolicy
 from gruppo.policies.reference import AdapterOff
 from gruppo.recipe import Recipe
 from gruppo.runs.threads import choose
@@ -80,28 +81,43 @@ class Report:
         return out
 
 
-def main(model: str | None, as_json: bool) -> int:
-    """Examine a model folder, or the embedded arithmetic model; 1 when an invariant broke, else 0."""
+def main(model: str | None, as_json: bool, world: str | None = None) -> int:
+    """Examine a model folder, or the base model of a world (arithmetic by default); 1 when an invariant broke, else 0."""
     from gruppo.policies.load import load_model, load_tokenizer
     from gruppo.policies.token import TokenPolicy
-    from gruppo.runs.config import FitSection, PolicySection, assemble
+    from gruppo.runs.build import paints, world_of
+    from gruppo.runs.config import FitSection, PolicySection, RunConfig, assemble
 
     prompts: Sequence[Any] | None = None
-    if model is None:
-        from gruppo.worlds import WORLDS
-
-        world = WORLDS["arithmetic"]
-        planned = assemble({"world": "arithmetic"}).model_dump()
-        source: Any = world.base
-        prompts = [t.prompt for t in world.held_out(8)]
+    if model is None or world is not None:
+        planned = assemble({"world": world or "arithmetic"})
+        prompts = [t.prompt for t in world_of(planned).held_out(8)]
+        source: Any = world_of(planned).base if model is None else model
     else:
-        source = model
-        planned = {"policy": PolicySection.model_construct().model_dump(), "fit": FitSection.model_construct().model_dump()}
-    settings = planned["policy"]
-    policy = TokenPolicy(load_model(source), load_tokenizer(source), max_new=settings["max_new_tokens"])
-    found = doctor(policy, None, planned, prompts=prompts)
+        sections = {"policy": PolicySection.model_construct(), "fit": FitSection.model_construct()}
+        planned, source = RunConfig.model_construct(model=model, **sections), model
+    if paints(planned, source):
+        found = _painting(planned, source, prompts)
+    else:
+        policy = TokenPolicy(load_model(source), load_tokenizer(source), max_new=planned.policy.max_new_tokens)
+        found = doctor(policy, None, planned.model_dump(), prompts=prompts)
     print(json.dumps(found.as_dict(), indent=1, allow_nan=False) if as_json else "\n".join(found.lines()))
     return 1 if found.failed else 0
+
+
+def _painting(planned: Any, source: Any, prompts: Sequence[Any] | None) -> Report:
+    """The report on a painter, under Flow-GRPO as its world would train it."""
+    from gruppo.runs.build import painting_policy
+    from gruppo.runs.config import assemble
+    from gruppo.runs.session import Given, recipe_of
+
+    if planned.world is not None:
+        planned = assemble({"world": planned.world, "recipe": "flow-grpo"})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    planned = planned.model_copy(update={"policy": planned.policy.model_copy(update={"device": device})})
+    policy = painting_policy(planned, source, None)
+    recipe = recipe_of(planned, Given()) if planned.world is not None else None
+    return doctor(policy, recipe, {"fit": planned.fit.model_dump()}, prompts=prompts)
 
 
 def doctor(
@@ -115,8 +131,13 @@ def doctor(
     """Measure every invariant on this policy; its weights, gradients and settings are left as they were found.
 
     `recipe` lends its loss and reduction to the gradient checks (GRPO without KL by default). `planned` holds the sections
-    "policy" and "fit" of the run's settings for the memory estimate. `prompts` should be like those of the run.
+    "policy" and "fit" of the run's settings for the memory estimate. `prompts` should be like those of the run. A policy that
+    paints is examined by `doctor_flow`.
     """
+    if isinstance(policy, FlowPolicy):
+        from gruppo.runs.doctor_flow import doctor_flow
+
+        return doctor_flow(policy, recipe, planned, prompts=prompts, rng=rng)
     rng = torch.Generator().manual_seed(0) if rng is None else rng
     prompts = _prompts(policy, prompts)
     checks = [threads(policy), *ends(policy, prompts[0], rng), *template(policy)]
@@ -128,7 +149,7 @@ def doctor(
         batch = _batch(paths, rng)
         checks += [blocks(policy, batch, recipe), masked(policy, batch, recipe, rng)]
         began = time.perf_counter()
-        _gradient(policy, batch, recipe, 8192)
+        gradient(policy, batch, recipe, 8192)
         tokens = sum(len(p.prompt) + len(p) for p in paths)
         training = tokens / (time.perf_counter() - began)
     checks.append(
@@ -153,14 +174,14 @@ def doctor(
 
 def ratio(policy: Any, paths: list[Path]) -> Check:
     """exp(logp - logp_old) is 1 at every sampled token as long as no update has happened."""
-    limit = 0.65 if _half(policy) else 1e-3
+    limit = 0.65 if low_precision(policy) else 1e-3
     batch = _batch(paths, torch.Generator().manual_seed(0))
     worst = 0.0
     with torch.no_grad():
         for part in policy.split(batch, "path", 8192):
             off = ((policy.evaluate(part).logp - part.logp_old).exp() - 1).abs()[part.mask]
-            worst = max(worst, _worst(off))
-    return _limited(
+            worst = max(worst, largest(off))
+    return limited(
         "ratio",
         worst,
         limit,
@@ -172,10 +193,10 @@ def ratio(policy: Any, paths: list[Path]) -> Check:
 
 def agreement(policy: Any, paths: list[Path]) -> Check:
     """The sampler (cache, left padding) and the trainer (whole rows, right padding) give a token the same log-probability."""
-    limit = 0.5 if _half(policy) else 1e-3
-    worst = max(_worst((p.logp - read).abs()) for p, read in zip(paths, policy.score(paths)))
+    limit = 0.5 if low_precision(policy) else 1e-3
+    worst = max(largest((p.logp - read).abs()) for p, read in zip(paths, policy.score(paths)))
     n, lengths = sum(map(len, paths)), sorted({len(p.prompt) for p in paths})
-    return _limited(
+    return limited(
         "sampler and trainer",
         worst,
         limit,
@@ -188,9 +209,9 @@ def agreement(policy: Any, paths: list[Path]) -> Check:
 def repeatable(policy: Any, paths: list[Path]) -> Check:
     """Reading the same paths twice gives the same numbers: no dropout, no noise."""
     one, two = policy.score(paths), policy.score(paths)
-    worst = max(_worst((a - b).abs()) for a, b in zip(one, two))
-    limit = 1e-2 if _half(policy) else 1e-5
-    return _limited(
+    worst = max(largest((a - b).abs()) for a, b in zip(one, two))
+    limit = 1e-2 if low_precision(policy) else 1e-5
+    return limited(
         "repeatable",
         worst,
         limit,
@@ -202,7 +223,7 @@ def repeatable(policy: Any, paths: list[Path]) -> Check:
 
 def padding(policy: Any, paths: list[Path]) -> Check:
     """A path reads the same alone and among longer ones, whatever token fills the padding."""
-    limit = 0.5 if _half(policy) else 1e-3
+    limit = 0.5 if low_precision(policy) else 1e-3
     together = policy.score(paths, budget=10**9)
     alone = policy.score(paths, budget=1)
     own = policy.pad
@@ -211,8 +232,8 @@ def padding(policy: Any, paths: list[Path]) -> Check:
         filled = policy.score(paths, budget=10**9)
     finally:
         policy.pad = own
-    worst = max(_worst((a - b).abs()) for a, b in [*zip(together, alone), *zip(together, filled)])
-    return _limited(
+    worst = max(largest((a - b).abs()) for a, b in [*zip(together, alone), *zip(together, filled)])
+    return limited(
         "padding",
         worst,
         limit,
@@ -224,9 +245,9 @@ def padding(policy: Any, paths: list[Path]) -> Check:
 
 def blocks(policy: Any, batch: Batch, recipe: Recipe | None) -> Check:
     """The gradient of one block of everything equals the sum over blocks of single rows."""
-    limit = 0.1 if _half(policy) else 1e-3
-    worst = _difference(_gradient(policy, batch, recipe, 10**9), _gradient(policy, batch, recipe, 1))
-    return _limited(
+    limit = 0.1 if low_precision(policy) else 1e-3
+    worst = difference(gradient(policy, batch, recipe, 10**9), gradient(policy, batch, recipe, 1))
+    return limited(
         "micro-batch",
         worst,
         limit,
@@ -236,7 +257,7 @@ def blocks(policy: Any, batch: Batch, recipe: Recipe | None) -> Check:
     )
 
 
-def masked(policy: Any, batch: Batch, recipe: Recipe | None, rng: torch.Generator) -> Check:
+def masked(policy: Any, batch: Batch, recipe: Recipe | None, rng: torch.Generator, *, budget: int = 10**9) -> Check:
     """What stands at masked steps (advantages, old log-probabilities) does not enter the gradient."""
     off = (torch.rand(batch.mask.shape, generator=rng) < 0.5) & batch.mask
     off[:, 0] = False  # every row keeps a trained step
@@ -245,9 +266,9 @@ def masked(policy: Any, batch: Batch, recipe: Recipe | None, rng: torch.Generato
     other = half.with_(
         advantage=half.advantage + 3 * noise, logp_old=half.logp_old + noise, logp_sampler=half.logp_sampler - noise
     )
-    worst = _difference(_gradient(policy, half, recipe, 10**9), _gradient(policy, other, recipe, 10**9))
-    limit = 1e-2 if _half(policy) else 1e-5
-    return _limited(
+    worst = difference(gradient(policy, half, recipe, budget), gradient(policy, other, recipe, budget))
+    limit = 1e-2 if low_precision(policy) else 1e-5
+    return limited(
         "masked steps",
         worst,
         limit,
@@ -409,7 +430,7 @@ def memory(policy: Any, planned: Mapping[str, Any], *, prompt: int, reference: b
     together = min(rows, settings.get("sample_rows") or policy.sample_rows)
     length = prompt + new
     budget = min(fit.get("token_budget", 8192), rows * length)
-    number = 2 if _half(policy) else 4
+    number = 2 if low_precision(policy) else 4
     every = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     trained = sum(p.numel() * p.element_size() for p in policy.parameters())
     adapter = hasattr(policy.model, "disable_adapter")
@@ -459,7 +480,7 @@ def _activations(policy: Any, length: int) -> tuple[float, float]:
     linear = max(0.0, few / short - square * short)
     kept = linear * length + square * length**2
     config = policy.config
-    number = 2 if _half(policy) else 4
+    number = 2 if low_precision(policy) else 4
     width = getattr(config, "intermediate_size", 4 * config.hidden_size)
     layer = length * number * (3 * width + 2 * config.hidden_size)
     if policy.checkpointing:  # one layer at a time is computed again, with all that it keeps
@@ -494,8 +515,8 @@ def _plain(policy: Any, length: int) -> float:
 
 def _fits(parts: dict[str, float], device: torch.device) -> Check:
     free = _free(device)
-    largest = ", ".join(f"{k} {v:.0f}" for k, v in sorted(parts.items(), key=lambda kv: -kv[1]) if k != "peak" and v >= 1)
-    says = f"the planned run needs about {parts['peak']:.0f} MB ({largest or 'all parts below 1'} MB)"
+    parted = ", ".join(f"{k} {v:.0f}" for k, v in sorted(parts.items(), key=lambda kv: -kv[1]) if k != "peak" and v >= 1)
+    says = f"the planned run needs about {parts['peak']:.0f} MB ({parted or 'all parts below 1'} MB)"
     if free is not None and parts["peak"] > free:
         hint = "lower fit.token_budget or policy.sample_rows, or train an adapter (policy.lora)"
         return Check("memory", "warn", f"{says}, but {free:.0f} MB are free: {hint}", parts["peak"], free)
@@ -549,7 +570,7 @@ class _Itself(AdapterOff):
         return self.policy.evaluate(batch)
 
 
-def _gradient(policy: Any, batch: Batch, recipe: Recipe | None, budget: int) -> list[Tensor]:
+def gradient(policy: Any, batch: Batch, recipe: Recipe | None, budget: int) -> list[Tensor]:
     if recipe is None:
         from gruppo.recipes.grpo import grpo
 
@@ -561,7 +582,7 @@ def _gradient(policy: Any, batch: Batch, recipe: Recipe | None, budget: int) -> 
     return [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in policy.parameters()]
 
 
-def _difference(a: list[Tensor], b: list[Tensor]) -> float:
+def difference(a: list[Tensor], b: list[Tensor]) -> float:
     """|a - b| / |b|, the length over all parameters."""
     apart = math.sqrt(sum(float((x.double() - y.double()).square().sum()) for x, y in zip(a, b)))
     return apart / max(math.sqrt(sum(float(y.double().square().sum()) for y in b)), 1e-30)
@@ -596,16 +617,16 @@ def _untouched(policy: Any) -> Iterator[None]:
             p.grad = grad
 
 
-def _half(policy: Any) -> bool:
+def low_precision(policy: Any) -> bool:
     return policy.autocast is not None or next(policy.model.parameters()).dtype in (torch.bfloat16, torch.float16)
 
 
-def _worst(x: Tensor) -> float:
+def largest(x: Tensor) -> float:
     """The largest entry; infinite where one is NaN, so that it never passes for small."""
     return float(torch.nan_to_num(x, nan=math.inf).max()) if x.numel() else 0.0
 
 
-def _limited(name: str, value: float, limit: float, fine: str, broken: str) -> Check:
+def limited(name: str, value: float, limit: float, fine: str, broken: str) -> Check:
     return Check(name, "ok", fine, value, limit) if value <= limit else Check(name, "fail", broken, value, limit)
 
 
