@@ -9,6 +9,7 @@ import torch
 from tests.policies.models import ENDS, FAMILIES, gap, naive, policy_of, ragged, rng
 from tests.tiny import tiny_policy
 
+from gruppo.policies.decode import Rows, refilling_pays
 from gruppo.types import GruppoError
 
 
@@ -201,3 +202,123 @@ def test_the_long_way_round_sees_a_wrong_temperature():
     policy = policy_of(temperature=0.7)
     (path,) = policy.sample(ragged((4,)), g=rng())
     assert float((replace(path).logp - naive(policy.model, path.prompt, path.steps, 1.0)).abs().max()) > 0.01
+
+
+# -- prompts that wait for room -----------------------------------------------------------------------------------------
+
+FULL_ATTENTION = ["qwen3", "qwen2", "llama", "gemma"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_paths_that_took_the_room_of_others_have_the_log_probs_of_a_full_forward(family):
+    policy = policy_of(family, sample_rows=5, max_new=30)
+    paths = policy.sample(repeated(8), g=rng())
+    assert len({len(p) for p in paths}) > 4
+    assert gap(policy, paths, 1.0) < 1e-5
+    assert [p.prompt.tolist() for p in paths] == [p.tolist() for p in repeated(8)]
+
+
+@pytest.mark.parametrize("room", [{"sample_rows": 1}, {"sample_rows": 3}, {"sample_rows": 7}, {"sample_tokens": 200}])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_paths_do_not_depend_on_the_room(family, room):
+    prompts = ragged((3, 11, 1, 7, 2, 19, 5, 4, 3), seed=8)
+    found = []
+    for numbers in ({}, room):
+        policy = policy_of(family, max_new=30, ends=[1], **numbers)
+        policy._stops = lambda ids, stop: len(ids) >= 3 + int(ids[0]) % 20  # greedy paths of random weights rarely end
+        paths = policy.sample(prompts, g=rng(), temperature=0.0, stop=("end",))
+        found.append([p.steps.tolist() for p in paths])
+    assert len({len(p) for p in found[0]}) > 3
+    assert found[0] == found[1]
+
+
+def test_the_same_seed_gives_the_same_paths_when_prompts_wait():
+    policy = policy_of(sample_rows=5, max_new=30)
+    one, two, three = ([p.steps.tolist() for p in policy.sample(repeated(8), g=rng(s))] for s in (0, 0, 1))
+    assert one == two != three
+
+
+@pytest.mark.parametrize("family", FULL_ATTENTION)
+def test_room_is_filled_again_before_all_rows_are_done(family):
+    policy = policy_of(family, sample_rows=8, max_new=60)
+    paths = policy.sample(repeated(16), g=rng())
+    blocks = [paths[i : i + 8] for i in range(0, 64, 8)]
+    waiting = sum(max(map(len, block)) - 1 for block in blocks)  # forwards of one token, were every block decoded alone
+    assert policy.counts["decodes"] < 0.75 * waiting
+    assert policy.counts["prefills"] == 4
+    assert policy.counts["prompt_tokens"] == 3 + 11 + 1 + 7
+
+
+def test_prompts_given_in_turns_are_still_read_once():
+    policy = policy_of(sample_rows=5, max_new=30)
+    prompts = ragged() * 6
+    paths = policy.sample(prompts, g=rng())
+    assert [p.prompt.tolist() for p in paths] == [p.tolist() for p in prompts]
+    assert policy.counts["prefills"] == 4
+    assert gap(policy, paths, 1.0) < 1e-5
+
+
+def test_a_sliding_window_waits_until_all_rows_are_done():
+    policy = policy_of("gemma3", sample_rows=6, max_new=30)
+    paths = policy.sample(repeated(6), g=rng())
+    blocks = [paths[i : i + 6] for i in range(0, 24, 6)]
+    assert policy.counts["decodes"] == sum(max(map(len, block)) - 1 for block in blocks)
+
+
+def sizes(policy, run) -> list[tuple[int, int]]:
+    """Rows and columns of the cache at every forward of one token, the new one included."""
+    seen = []
+    step = Rows.step
+
+    def watched(self, token):
+        seen.append((len(token), self.width + 1))
+        return step(self, token)
+
+    Rows.step = watched
+    try:
+        run()
+    finally:
+        Rows.step = step
+    return seen
+
+
+@pytest.mark.parametrize("budget", [60, 150, 400])
+def test_rows_times_columns_stay_below_the_budget_of_tokens(budget):
+    policy = policy_of(sample_tokens=budget, max_new=30)
+    paths: list = []
+    seen = sizes(policy, lambda: paths.extend(policy.sample(repeated(8), g=rng())))
+    assert max(rows * columns for rows, columns in seen) <= budget
+    assert max(rows for rows, _ in seen) > 1 or budget < 2 * 41
+    assert gap(policy, paths, 1.0) < 1e-5
+
+
+def test_a_row_that_alone_exceeds_the_budget_decodes_alone():
+    policy = policy_of(sample_tokens=5, max_new=10)
+    seen = sizes(policy, lambda: policy.sample(repeated(2), g=rng()))
+    assert {rows for rows, _ in seen} == {1}
+
+
+def test_entering_is_counted_against_waiting():
+    policy = policy_of("qwen3")  # 2 layers, 2 x 8 keys and values a column each
+    column, forward = 2 * 2 * 2 * 8, sum(p.numel() for p in policy.parameters()) + 2 * 1.3e6
+    assert refilling_pays(policy, 4, 8, 100)
+    # 1/4 more forwards of all weights against 2/3 of max_new more columns for each path
+    even = (5 / 4 - 1) * forward / (5 * column * 2 / 3)
+    assert refilling_pays(policy, 4, 5, int(even) - 1)
+    assert not refilling_pays(policy, 4, 5, int(even) + 2)
+    assert not refilling_pays(policy, 5, 5, 1)
+
+
+def test_the_sampler_counts_what_it_computes():
+    policy = policy_of(max_new=6, ends=[1])
+    paths = policy.sample(repeated(), g=rng())
+    assert policy.counts == {
+        "prefills": 4,
+        "prompt_tokens": 22,
+        "decodes": 5,
+        "decoded_rows": 120,
+        "sampled": sum(map(len, paths)),
+    }
+    policy.sample(ragged((4,)), g=rng())
+    assert policy.counts["prefills"] == 5
+    assert policy.counts["decoded_rows"] == 125

@@ -7,7 +7,7 @@ the moment they are sampled; text exists only for graders and eyes.
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path as FilePath
@@ -16,17 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from gruppo.core.collate import blocks
 from gruppo.policies import prefix
+from gruppo.policies.decode import Rows, refilling_pays
 from gruppo.policies.load import restore, save
 from gruppo.types import Batch, GruppoError, Path, Reference, Scope, Steps
 
 
 class TokenPolicy:
-    """A causal language model, its tokenizer and its temperature."""
+    """A causal language model, its tokenizer and its temperature.
+
+    `counts` says what the sampler computed: `prefills` (prompts read into a cache) and their `prompt_tokens`, `decodes`
+    (forwards of one token per row) and their `decoded_rows`, and the tokens `sampled`.
+    """
 
     def __init__(
         self,
@@ -39,6 +42,7 @@ class TokenPolicy:
         checkpointing: bool = False,
         entropy: bool = True,
         sample_rows: int = 256,  # rows that decode together; bounds the key-value cache
+        sample_tokens: int | None = None,  # bounds it in tokens, too: rows times what the longest of them may reach
         head_elements: int = 2**24,  # logits formed at once: positions x vocabulary
         sharing: prefix.Rates | None = prefix.MEASURED,  # when computing shared prefixes once pays; None: never
     ) -> None:
@@ -49,7 +53,8 @@ class TokenPolicy:
         self.model, self.tokenizer = model, tokenizer
         self.temperature, self.max_new = temperature, max_new
         self.autocast, self.checkpointing, self.entropy = autocast, checkpointing, entropy
-        self.sample_rows, self.head_elements = sample_rows, head_elements
+        self.sample_rows, self.sample_tokens, self.head_elements = sample_rows, sample_tokens, head_elements
+        self.counts: Counter[str] = Counter()
         self.config = model.config.get_text_config()
         self.eos = eos_ids(model, tokenizer)
         self.pad = next(i for i in (tokenizer.pad_token_id, self.eos[0]) if i is not None)
@@ -108,7 +113,12 @@ class TokenPolicy:
         temperature: float | None = None,
         stop: Sequence[str] = (),
     ) -> list[Path]:
-        """One path per prompt, in order. Equal prompts share one prefill; temperature 0 is greedy and cannot be trained on."""
+        """One path per prompt, in order. Equal prompts share one prefill; temperature 0 is greedy and cannot be trained on.
+
+        Prompts beyond `sample_rows` and `sample_tokens` wait; they take the room of finished paths, or, where that would cost
+        more, enter when all others are done. The rows that decode together draw from `g` together, so a path's draws depend on
+        its company; the same call with the same seed gives the same paths.
+        """
         max_new = self.max_new if max_new is None else max_new
         temperature = self.temperature if temperature is None else temperature
         known: dict[int, Tensor] = {}
@@ -122,80 +132,71 @@ class TokenPolicy:
                 f"a prompt of {longest} tokens plus {max_new} new ones needs {longest + max_new} positions, "
                 f"but this model has {self.context}; shorten the prompt or lower max_new_tokens"
             )
-        paths: list[Path] = []
-        for at in range(0, len(ids), self.sample_rows):
-            paths += self._decode_rows(ids[at : at + self.sample_rows], max_new, temperature, tuple(stop), g)
-        return paths
+        return self._decode_rows(ids, max_new, temperature, tuple(stop), g) if ids else []
 
     def _decode_rows(
         self, prompts: list[Tensor], max_new: int, temperature: float, stop: tuple[str, ...], g: torch.Generator
     ) -> list[Path]:
-        device = self.device
-        unique: dict[tuple[int, ...], int] = {}
-        which = [unique.setdefault(tuple(p.tolist()), len(unique)) for p in prompts]
-        width = max(map(len, unique))
-        ids = torch.full((len(unique), width), self.pad)
-        real = torch.zeros(len(unique), width + max_new, dtype=torch.long)
-        for row, key in enumerate(unique):
-            ids[row, width - len(key) :] = torch.tensor(key)
-            real[row, width - len(key) :] = 1
-        lengths = real[:, :width].sum(1)
-        padded = bool((lengths < width).any())
-        ids, real, lengths = ids.to(device), real.to(device), lengths.to(device)
-
-        cache = roomy_cache(self.config)
-        with self._cast():
-            out = self.model(
-                input_ids=ids,
-                attention_mask=real[:, :width] if padded else None,
-                position_ids=(real[:, :width].cumsum(1) - 1).clamp(min=0),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-        expand = torch.tensor(which, device=device)
-        cache.batch_select_indices(expand)
-        logits, real, lengths = out.logits[expand, -1].float(), real[expand], lengths[expand]
-
-        eos = torch.tensor(self.eos, device=device)
-        n = len(prompts)
+        device, n = self.device, len(prompts)
         tokens = torch.full((n, max_new), self.pad, device=device)
         logps = torch.zeros(n, max_new, device=device)
         count = torch.zeros(n, dtype=torch.long, device=device)
         ended = torch.zeros(n, dtype=torch.bool, device=device)
-        here = torch.arange(n, device=device)  # which path each row of the cache is
-        alive = torch.ones(n, dtype=torch.bool, device=device)  # rows of the cache that still decode
-        for t in range(max_new):
+        eos = torch.tensor(self.eos, device=device)
+
+        def say(rows: Tensor, logits: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+            """The next token of these paths, written down for those alive, and which of them go on after it."""
             token, logp = self._choose(logits, temperature, g)
-            said = logp if temperature > 0 else logits.amax(-1)
-            if not said[alive].isfinite().all():
+            at, said = rows[alive], (logp if temperature > 0 else logits.amax(-1))[alive]
+            if not said.isfinite().all():
                 raise GruppoError(
-                    f"the model's log-probability is not finite at step {t} of sampling: its weights or activations hold "
-                    "NaN or infinity"
+                    f"the model's log-probability is not finite at step {int(count[at][~said.isfinite()][0])} of sampling: its "
+                    "weights or activations hold NaN or infinity"
                 )
-            rows = here[alive]
-            tokens[rows, t], logps[rows, t], count[rows] = token[alive], logp[alive], t + 1
+            tokens[at, count[at]], logps[at, count[at]] = token[alive], logp[alive]
+            count[at] += 1
             done = torch.isin(token, eos)
             if stop:
-                done |= torch.tensor([self._stops(tokens[i, : t + 1], stop) for i in here.tolist()], device=device)
-            ended[here[done & alive]] = True
-            alive &= ~done
-            left = int(alive.sum())
-            if left == 0 or t + 1 == max_new:
-                break
-            if left <= 0.85 * len(here):  # finished rows leave the cache; copying it for every single one costs more
-                keep = alive.nonzero()[:, 0]
-                cache.batch_select_indices(keep)
-                here, real, lengths, token, alive = here[keep], real[keep], lengths[keep], token[keep], alive[keep]
-            with self._cast():
-                out = self.model(
-                    input_ids=token[:, None],
-                    attention_mask=real[:, : width + t + 1] if padded else None,
-                    position_ids=(lengths + t)[:, None],
-                    past_key_values=cache,
-                    use_cache=True,
+                texts = zip(rows.tolist(), count[rows].tolist())
+                done |= torch.tensor([self._stops(tokens[i, :c], stop) for i, c in texts], device=device)
+            ended[rows[done & alive]] = True
+            return token, alive & ~done & (count[rows] < max_new)
+
+        order = list(range(n))
+        most = self._enterable([], [len(p) + max_new for p in prompts])
+        if most < n:  # siblings enter one after another
+            unique: dict[tuple[int, ...], int] = {}
+            which = [unique.setdefault(tuple(p.tolist()), len(unique)) for p in prompts]
+            order.sort(key=which.__getitem__)
+        waiting = deque(order)
+        rows = Rows(self, refills=most < n and refilling_pays(self, most, n, max_new))
+        here = torch.empty(0, dtype=torch.long, device=device)  # which path each row of the cache is
+        token, alive = here, here.bool()  # its last token, and whether it still decodes
+        left, asked = 0, -1  # rows alive, and how many were when room was last looked for
+        while waiting or left:
+            new: list[int] = []
+            if waiting and (left == 0 or (rows.refills and left != asked)):
+                asked = left
+                free = self._enterable(
+                    [len(prompts[i]) + max_new for i in here[alive].tolist()], [len(prompts[i]) + max_new for i in waiting]
                 )
-            logits = out.logits[:, -1].float()
+                if free == len(waiting) or free >= 0.15 * (left + free):  # one by one would copy the cache for each
+                    new = [waiting.popleft() for _ in range(free)]
+            if new:
+                keep = alive.nonzero()[:, 0]
+                hold = bool(waiting) and torch.equal(prompts[waiting[0]], prompts[new[-1]])
+                logits = rows.enter(keep, [prompts[i] for i in new], hold=hold)
+                entered = torch.tensor(new, device=device)
+                first, going = say(entered, logits, torch.ones_like(entered, dtype=torch.bool))
+                here, token, alive = (torch.cat(x) for x in ((here[keep], entered), (token[keep], first), (alive[keep], going)))
+                asked = -1
+            else:
+                if left <= 0.85 * len(here):  # finished rows leave the cache; copying it for every single one costs more
+                    keep = alive.nonzero()[:, 0]
+                    rows.keep(keep)
+                    here, token, alive = here[keep], token[keep], alive[keep]
+                token, alive = say(here, rows.step(token), alive)
+            left = int(alive.sum())
         tokens, logps = tokens.cpu(), logps.cpu()
         paths = []
         for i, length in enumerate(count.tolist()):
@@ -203,7 +204,18 @@ class TokenPolicy:
             text = self.decode(steps[:-1] if int(steps[-1]) in self.eos else steps)
             mask = torch.ones(length, dtype=torch.bool)
             paths.append(Path(prompts[i], steps, logps[i, :length].clone(), mask, text, truncated=not bool(ended[i])))
+        self.counts["sampled"] += sum(map(len, paths))
         return paths
+
+    def _enterable(self, live: list[int], waiting: list[int]) -> int:
+        """How many of those waiting, in their order, may decode beside those alive; each number is the most a row may reach."""
+        widest = max(live, default=0)
+        for n, reach in enumerate(waiting):
+            widest = max(widest, reach)
+            beside = len(live) + n + 1
+            if beside > self.sample_rows or (self.sample_tokens is not None and beside * widest > self.sample_tokens):
+                return n if live else max(n, 1)
+        return len(waiting)
 
     def _choose(self, logits: Tensor, temperature: float, g: torch.Generator) -> tuple[Tensor, Tensor]:
         if temperature == 0:
@@ -552,48 +564,6 @@ class Head:
             ]
             logp, H = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
         return logp, (H.detach() if entropy else None)
-
-
-class _Roomy(DynamicLayer):
-    """Keys and values with room to grow: a new token is written in place where `DynamicLayer` would copy all earlier ones."""
-
-    ROOM = 64  # tokens added whenever the room is used up
-
-    def _store(self, keys: Tensor, values: Tensor, room: int) -> None:
-        self.used = keys.shape[-2]
-        full = (*keys.shape[:2], self.used + room)
-        self.rooms = keys.new_empty(*full, keys.shape[-1]), values.new_empty(*full, values.shape[-1])
-        for space, x in zip(self.rooms, (keys, values)):
-            space[:, :, : self.used] = x
-
-    def _filled(self) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = (space[:, :, : self.used] for space in self.rooms)
-        return self.keys, self.values
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._store(key_states, value_states, 0)
-            return self._filled()
-        end = self.used + key_states.shape[-2]
-        if end > self.rooms[0].shape[-2]:
-            self._store(*self._filled(), end - self.used + self.ROOM)
-        for space, x in zip(self.rooms, (key_states, value_states)):
-            space[:, :, self.used : end] = x
-        self.used = end
-        return self._filled()
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        keys, values = self._filled()
-        self._store(keys[indices], values[indices], self.ROOM)
-        self._filled()
-
-
-def roomy_cache(config: Any) -> DynamicCache:
-    """The cache that transformers makes for this model, its growing full-attention layers replaced by `_Roomy`."""
-    cache = DynamicCache(config=config)
-    cache.layers = [_Roomy() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
