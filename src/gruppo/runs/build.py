@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from gruppo.core.correct import Truncated
 from gruppo.policies.flow import CFG, Course, FlowPolicy, Painter
 from gruppo.policies.load import load_model, load_tokenizer, lora_config, with_adapter
 from gruppo.policies.token import TokenPolicy
+from gruppo.recipe import Recipe
 from gruppo.recipes import find
+from gruppo.recipes.corrected import corrected
+from gruppo.rollouts import Reread
 from gruppo.runs.config import RunConfig
 from gruppo.types import GruppoError, Task
 from gruppo.types import Path as SampledPath
@@ -52,6 +57,10 @@ def build_policy(config: RunConfig, model: Any = None, tokenizer: Any = None, pe
     """The policy with its initial weights, and with the tools of its world where it has some."""
     if paints(config, model):
         _fits(config, "image")
+        if config.policy.engine is not None:
+            raise GruppoError(
+                f"policy.engine {config.policy.engine.name} samples text, but the model of this run paints; remove it"
+            )
         return painting_policy(config, model, peft_config)
     _fits(config, "text")
     own, world, source = config.policy, world_of(config), source_of(config, model)
@@ -71,7 +80,45 @@ def build_policy(config: RunConfig, model: Any = None, tokenizer: Any = None, pe
         checkpointing=own.gradient_checkpointing,
         sample_rows=own.sample_rows,
     )
+    policy = with_engine(policy, config)
     return policy if world is None else world.equipped(policy)
+
+
+def with_engine(policy: TokenPolicy, config: RunConfig) -> Any:
+    """The policy, its completions sampled by the run's engine where it names one."""
+    own, engine = config.policy, config.policy.engine
+    if engine is None:
+        return policy
+    from gruppo.policies.engines import Sampler, adapted
+    from gruppo.policies.engines.http import Remote
+
+    dtype = engine.dtype or ("bfloat16" if own.autocast else own.dtype)
+    if engine.url is not None:
+        made: Any = Remote(engine.url, timeout=engine.timeout)
+    else:
+        from gruppo.policies.engines.vllm import Inside
+
+        rank = max((c.r for c in policy.model.peft_config.values()), default=0) if adapted(policy.model) else 0
+        made = Inside(
+            policy.config,
+            policy.tokenizer,
+            dtype=dtype,
+            memory=engine.memory,
+            rows=own.sample_rows,
+            rank=0 if engine.merge else rank,
+            timeout=engine.timeout,
+        )
+    return Sampler(policy, made, dtype=DTYPES[dtype], merge=engine.merge)
+
+
+def for_engine(recipe: Recipe, config: RunConfig) -> Recipe:
+    """The recipe as it must be where another program samples: every path read again by the trainer, the loss weighed."""
+    engine = config.policy.engine
+    if engine is None or isinstance(recipe.rollout, Reread):  # a recipe that reads again has its own correction
+        return recipe
+    if engine.correction is None:
+        return replace(recipe, rollout=Reread(recipe.rollout))
+    return corrected(recipe, Truncated(engine.correction))
 
 
 def _fits(config: RunConfig, family: str) -> None:
@@ -143,10 +190,11 @@ def agree(policy: Any, config: RunConfig, paths: list[SampledPath]) -> None:
     """Sampler and trainer must say the same about the same steps; in float32 there is no excuse."""
     if config.policy.dtype != "float32" or config.policy.autocast:
         return
+    most = getattr(policy, "most_gap", MOST_GAP)  # more where the sampler is another program
     read = policy.score(paths)
     gap = max((float((p.logp - now)[p.mask].abs().max()) for p, now in zip(paths, read) if p.mask.any()), default=0.0)
-    if not gap < MOST_GAP:
+    if not gap < most:
         raise GruppoError(
             f"the sampler's and the trainer's log-probabilities of the same steps differ by {gap:.3g} before step 0 (in "
-            f"float32 at most {MOST_GAP}), so every ratio would be wrong; `gruppo doctor --model ...` looks closer"
+            f"float32 at most {most}), so every ratio would be wrong; `gruppo doctor --model ...` looks closer"
         )

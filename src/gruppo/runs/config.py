@@ -37,6 +37,18 @@ class Lora(Section):
     merge: bool = False  # checkpoints and the final model hold the merged weights beside the adapter
 
 
+class EngineSection(Section):
+    """Another program that samples for the trainer; `engine: vllm` alone takes every default."""
+
+    name: Literal["vllm"] = "vllm"
+    url: str | None = None  # of a server (python -m gruppo.policies.engines.vllm); without one it runs inside this process
+    memory: float = Field(0.3, gt=0, lt=1)  # share of the device's memory, when inside
+    timeout: float = Field(600.0, gt=0)  # seconds for one call: sampling a step, or taking weights
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the engine's weights; policy.dtype, or bfloat16 under autocast
+    merge: bool = False  # hand over merged weights instead of an adapter
+    correction: float | None = Field(2.0, gt=0)  # bound of exp(logp_trainer - logp_engine) on the loss; null: re-read only
+
+
 class PolicySection(Section):
     """How the model is loaded, sampled and evaluated."""
 
@@ -57,6 +69,12 @@ class PolicySection(Section):
     detach_unconditional: bool = False  # no gradient through the unconditional branch of classifier-free guidance
     size: tuple[int, int] | None = None  # height and width of the pictures; the pipeline's own when not given
     frames: int | None = Field(None, ge=1)  # of a video
+    engine: EngineSection | None = None  # who samples; the trainer itself when not given
+
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _by_name(cls, given: Any) -> Any:
+        return {"name": given} if isinstance(given, str) else given
 
     @model_validator(mode="after")
     def _whole_distribution(self) -> PolicySection:
@@ -429,7 +447,7 @@ def check_arguments(config: RunConfig) -> None:
 def dump(config: RunConfig) -> str:
     """The resolved file as YAML, in the schema's order."""
     values = config.model_dump(mode="json")
-    values["policy"] = {k: v for k, v in values["policy"].items() if v is not None or k not in ("top_p", "top_k")}
+    values["policy"] = {k: v for k, v in values["policy"].items() if v is not None or k not in ("top_p", "top_k", "engine")}
     values["stages"] = [stage.model_dump(mode="json", exclude_unset=True) for stage in config.stages]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
 

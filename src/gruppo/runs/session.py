@@ -33,7 +33,7 @@ from gruppo.rollouts.stale import stale
 from gruppo.rollouts.stored import Stored, offline, read_groups
 from gruppo.runs import data as tasks_of
 from gruppo.runs import threads as torch_threads
-from gruppo.runs.build import agree, build_policy, paints, probe, world_of
+from gruppo.runs.build import agree, build_policy, for_engine, paints, probe, world_of
 from gruppo.runs.config import RunConfig, arguments, dump, read, validate
 from gruppo.runs.evaluate import Evaluation, Metric, evaluate
 from gruppo.runs.folder import RunFolder
@@ -227,7 +227,7 @@ class Session:
                 made = before.recipe
             else:
                 made = recipe_of(own, self.given, weight_of_correct(own, grade))
-                made = offline(made, self._stored(own)) if self.buffer else made
+                made = offline(made, self._stored(own)) if self.buffer else for_engine(made, own)
                 made = stale(made, own.fit.sync_every, own.fit.sync_lag, begin)
             seed = own.fit.seed + n
             tasks = self.tasks[n]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,7 +21,8 @@ from torch import Tensor
 
 from gruppo.types import GruppoError, Path
 
-MOST_GAP = 0.1  # nats between engine and trainer in float32: two programs' kernels give 0.003, a wrong weight gives whole nats
+# nats between engine and trainer before step 0: two programs' kernels give up to 0.003 in float32, a wrong weight whole nats
+MOST_GAP = {torch.float32: 0.1, torch.bfloat16: 1.0}
 PIECE = 2**22  # numbers that a checksum looks at together
 
 
@@ -35,6 +36,7 @@ class Ask:
     temperature: float  # 0 = greedy
     ends: list[int]  # tokens that end a completion and belong to it
     stop: tuple[str, ...] = ()  # a completion whose text ends with one of these is over
+    held: Mapping[str, str] = field(default_factory=dict)  # checksums of the weights to sample with
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class Sampler:
 
     def __init__(self, trainer: Any, engine: Engine, *, dtype: torch.dtype | None = None, merge: bool = False) -> None:
         own: dict[str, Any] = {"trainer": trainer, "engine": engine, "dtype": dtype, "merge": merge}
-        own |= {"handed": {}, "counts": Counter(), "most_gap": MOST_GAP}
+        own |= {"handed": {}, "counts": Counter(), "most_gap": MOST_GAP[dtype or torch.float32]}
         for name, value in own.items():
             object.__setattr__(self, name, value)
 
@@ -201,7 +203,7 @@ class Sampler:
             return []
         self.hand_over()
         seeds = torch.randint(2**31 - 1, (len(ids),), generator=g, device=g.device).tolist()
-        ask = Ask([i.tolist() for i in ids], seeds, max_new, temperature, list(self.eos), tuple(stop))
+        ask = Ask([i.tolist() for i in ids], seeds, max_new, temperature, list(self.eos), tuple(stop), dict(self.handed))
         draws = self.engine.sample(ask)
         check(ask, draws, self.config.vocab_size)
         return [self._path(prompt, draw, temperature) for prompt, draw in zip(ids, draws)]

@@ -139,8 +139,15 @@ class Desk:
         self.held: dict[str, str | None] = {"weights": None, "adapter": None}
 
     def sample(self, body: bytes) -> Any:
-        ask = Ask(**json.loads(body))
-        draws = self.engine.sample(Ask(**{**vars(ask), "stop": tuple(ask.stop)}))
+        said = json.loads(body)
+        ask = Ask(**{**said, "stop": tuple(said["stop"])})
+        now = {kind: sum_ for kind, sum_ in self.held.items() if sum_ is not None}
+        if now != ask.held:
+            raise GruppoError(
+                f"completions of the weights {told(ask.held)} are asked for, but the engine now holds {told(now)}: it was "
+                "started again, or another trainer uses it; every run needs an engine of its own. Resume the run"
+            )
+        draws = self.engine.sample(ask)
         return {
             "draws": [{"ids": d.ids, "logp": [x if math.isfinite(x) else None for x in d.logp], "ended": d.ended} for d in draws]
         }
@@ -171,6 +178,11 @@ class Desk:
         got = self.engine.adapt(tensors, json.loads(told["config"]))
         self.held["adapter"] = got.checksum
         return asdict(got)
+
+
+def told(held: Mapping[str, str]) -> str:
+    """Checksums as a person reads them."""
+    return " + ".join(held[kind] for kind in ("weights", "adapter") if kind in held) or "none"
 
 
 def opened(body: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:

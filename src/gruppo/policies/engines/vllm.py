@@ -48,7 +48,7 @@ class Inside:
         timeout: float = 600.0,
         eager: bool | None = None,  # without compiling; None: on CPU
     ) -> None:
-        self.tokenizer, self.timeout, self.rows = tokenizer, timeout, rows
+        self.tokenizer, self.timeout, self.dtype = tokenizer, timeout, dtype
         self.ready, self.broken = False, ""
         self.adapter: Any = None
         self.names, self.versions = itertools.count(), itertools.count(1)
@@ -153,6 +153,12 @@ class Inside:
 
     def load(self, weights: Mapping[str, Tensor]) -> Receipt:
         """Take these weights for the model's, and read them back out of it."""
+        odd = next((w.dtype for w in weights.values() if w.is_floating_point() and str(w.dtype) != f"torch.{self.dtype}"), None)
+        if odd is not None:
+            raise GruppoError(
+                f"the engine computes in {self.dtype} but was handed weights in {str(odd)[6:]}; make both the same "
+                "(policy.engine.dtype, or --dtype of the server)"
+            )
         self.ready, self.adapter = False, None
         receipt = self._within("take the weights", lambda: self._load(dict(weights)), self.timeout)
         self.ready = True
