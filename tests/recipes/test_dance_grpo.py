@@ -15,6 +15,7 @@ from gruppo.recipes.flow_grpo import Compared
 from gruppo.recipes.golden_flow import FlowDraw, flow_grading, tiny_flow
 from gruppo.recipes.mix_grpo import mix_grpo
 from gruppo.rollouts.trajectories import Trajectories
+from gruppo.train import iterate
 from gruppo.types import Group, GruppoError, Path, Task
 
 GRID = torch.tensor([0.9, 0.6, 0.3, 0.0], dtype=torch.float64)
@@ -91,6 +92,14 @@ def test_updates_cut_every_prompt_into_equal_parts() -> None:
     assert [p.group.tolist() for p in parts] == [[0, 0, 1, 1]] * 2
     with pytest.raises(GruppoError, match="8 paths cannot be cut into 9"):
         list(Parts(9)(collate(groups)))
+
+
+def test_an_iteration_takes_four_optimizer_steps() -> None:
+    for updates, made in ((4, dance_grpo(n=4)), (1, dance_grpo(n=4, updates=1))):
+        policy = tiny_flow()
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
+        done = iterate(policy, FlowDraw(0, 0, [0]).more(2), flow_grading(), made, optimizer, torch.Generator().manual_seed(0))
+        assert done.updates == updates
 
 
 def test_where_most_rewards_abstained_there_are_fewer_optimizer_steps() -> None:

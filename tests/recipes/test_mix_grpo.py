@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
-from gruppo.policies.kernels import CPS
+from gruppo.policies.kernels import CPS, DPMSolver2M
 from gruppo.recipe import Recipe
 from gruppo.recipes.golden_flow import FlowDraw, flow_grading, tiny_flow
 from gruppo.recipes.mix_grpo import mix_grpo, mix_grpo_flash
 from gruppo.rollouts.trajectories import Trajectories
-from gruppo.rollouts.window import LinearDecay, RandomWindow, Window
+from gruppo.rollouts.window import CompressedTail, LinearDecay, RandomWindow, Window
 from gruppo.train import iterate
+from gruppo.types import Group, Path, Task
 
 
 def spent(made: Recipe, steps: int, prompts: int = 2) -> dict[str, int]:
@@ -40,6 +43,37 @@ def test_one_noise_per_prompt_saves_training_calls() -> None:
     found = spent(mix_grpo(n=12), 25)
     assert found["trained"] == 2 * 12 * 4
     assert found["forwards"] == 2 * 12 * 3 + 2 * 4
+
+
+@pytest.mark.parametrize("make", [mix_grpo, mix_grpo_flash])
+def test_each_reward_is_compared_by_its_sample_deviation_and_added(make: Callable[..., Recipe]) -> None:
+    path = Path(None, torch.zeros(2, 2), torch.zeros(1), torch.tensor([True]))
+    plain = Group(Task("a"), [path] * 4, {}, torch.tensor([0.2, 0.4, 0.9, 0.5]))
+    torch.testing.assert_close(make().advantage(plain)[:, 0], torch.tensor([-1.0190492961, -0.3396830987, 1.3587323948, 0.0]))
+    signals = {"first": torch.tensor([0.30, 0.28, 0.35, 0.27]), "second": torch.tensor([2.0, 4.0, 1.0, 3.0])}
+    made = make(weights={"first": 1, "second": 1})
+    several = Group(Task("a"), [path] * 4, signals)
+    several = several.with_(reward=made.reward(several))
+    expected = torch.tensor([-0.3872983316, 0.5999436658, 0.2429833278, -0.4556286620])
+    torch.testing.assert_close(made.advantage(several)[:, 0], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("make", [mix_grpo, mix_grpo_flash])
+def test_an_iteration_takes_four_optimizer_steps(make: Callable[..., Recipe]) -> None:
+    for updates, made in ((4, make(n=4)), (1, make(n=4, updates=1))):
+        policy = tiny_flow(steps=6)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
+        rng = torch.Generator().manual_seed(0)
+        done = iterate(policy, FlowDraw(0, 0, [0]).more(2), flow_grading(), made, optimizer, rng)
+        assert done.updates == updates
+
+
+def test_flash_solves_behind_the_window_and_its_random_kin_keeps_no_place() -> None:
+    rollout = mix_grpo_flash().rollout
+    assert isinstance(rollout, Trajectories)
+    assert rollout.solver == DPMSolver2M()
+    assert rollout.grid == CompressedTail(0.4)
+    assert mix_grpo_flash().state == (rollout.noisy,)
 
 
 def test_steps_outside_the_window_follow_the_ode() -> None:

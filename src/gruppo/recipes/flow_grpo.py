@@ -14,6 +14,10 @@
 | advantage | clamped to +-5 | not said | clamped to +-5 |
 | trained steps | the first int(T share), share .99 | all | the same |
 | last step | draws noise (`last`) | the same | the same |
+| s at sigma = 1 | the grid's second value; so too where the grid begins a hair below 1 | not said | only at exactly 1 |
+| paths with advantage 0 | count in the mean | not said | removed, some put back to fill the batches |
+| optimizer steps | one per iteration, or `fit.updates_per_epoch` | not said | two per iteration |
+| evaluated weights | the last, or their moving average: `fit.ema={}` | not said | the moving average |
 | guidance | the policy's | not said | part of the policy, gradient through both branches |
 
 At toy scale (`gruppo claim flow-grpo`, 5 seeds) training with eta .7 ends 1.8 [0.48, 3.1] above eta .1 in reward: the paper's
