@@ -404,8 +404,8 @@ class Session:
                 )
 
     def _counted(self) -> Counter[str]:
-        """What the policy has computed so far, by purpose; empty where it keeps no count."""
-        return getattr(self.policy, "counts", Counter())
+        """What the policy has computed so far, by purpose."""
+        return self.policy.counts
 
     def _save_groups(self, kind: str, step: int, groups: list[Group], strata: Any = None) -> Path:
         if isinstance(self.policy, FlowPolicy):
