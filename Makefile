@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: install dev train test test-slow parity lint types check claims docs clean
+.PHONY: install dev train test test-slow parity lint types check claims bench gpu-check docs clean
 
 install: .venv/installed
 dev: .venv/installed-dev
@@ -21,7 +21,7 @@ train: install
 	$(BIN)/gruppo train
 
 # one thread per test process: two that spin on two cores are slower than one
-test test-slow claims parity: export OMP_NUM_THREADS = 1
+test test-slow claims parity bench: export OMP_NUM_THREADS = 1
 
 test: dev
 	$(BIN)/python -m pytest -n 2 -m 'not slow and not claim and not gpu'
@@ -34,6 +34,15 @@ claims: dev
 
 parity: dev
 	$(BIN)/python -m pytest -m parity
+
+# minutes on one thread; writes the pages of docs/bench
+bench: dev
+	$(BIN)/gruppo bench text --out docs/bench
+	$(BIN)/gruppo bench flow --out docs/bench
+
+# installs nothing: a machine with CUDA and torch, transformers and peft in PYTHON
+gpu-check:
+	PYTHONPATH=src $(PYTHON) -m gruppo.gpu_check --out docs/bench
 
 lint: dev
 	$(BIN)/ruff format --check .

@@ -54,6 +54,41 @@ def test_trl_does_the_same_work_and_other_work_is_refused(tmp_path: Folder) -> N
         bench.refuse_difference(here, there, old)
 
 
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_trl_samples_as_many_tokens_and_the_same_ones_when_greedy(tmp_path: Folder) -> None:
+    pytest.importorskip("trl", reason="needs the extra: pip install 'gruppo[parity]'")
+    work = bench.Work(1, 12, 5, 5)
+    here, there = bench.Here(work), bench.There(work, tmp_path)
+    bench.refuse_other_samples(here, there)
+    for side in (here, there):
+        bench.full(side)
+        assert side.sample() != side.sample(greedy=True)
+    there.trainer.generation_config.top_k = 3
+    with pytest.raises(GruppoError, match="another distribution"):
+        bench.refuse_other_samples(here, there)
+    there.trainer.generation_config.top_k = 0
+    here.model.model.embed_tokens.weight.data.neg_()
+    with pytest.raises(GruppoError, match="other tokens"):
+        bench.refuse_other_samples(here, there)
+    here.policy.eos = list(range(512))
+    with pytest.raises(GruppoError, match=r"completions of \[1\] tokens where 5"):
+        bench.full(here)
+
+
+def test_an_unknown_work_and_no_rounds_are_sentences() -> None:
+    with pytest.raises(GruppoError, match="no work '1/2'; there are 128/64"):
+        bench.report(["1/2"], 1, None)
+    with pytest.raises(GruppoError, match="0 rounds"):
+        bench.report(["128/64"], 0, None)
+
+
+def test_the_larger_model_has_its_own_row() -> None:
+    work = bench.WORKS["1024/32@24.7M"]
+    assert (work.prompt, work.high) == (1024, 32)
+    assert sum(p.numel() for p in bench.network(work.model).parameters()) == 24_651_264
+
+
 def found(name: str, ratio: float) -> dict:
     phase = {
         "ms": {"gruppo": 100.0, "TRL": 100.0 * ratio},

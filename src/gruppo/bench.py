@@ -1,11 +1,16 @@
-"""What a training step costs beside TRL's GRPOTrainer, on equal work: `python -m gruppo.bench`.
+"""What a training step costs beside TRL's GRPOTrainer, on equal work: `gruppo bench text`.
 
-Both sides get the same weights (a random Qwen3 of 4 layers, width 256, float32, one thread), prompts, completions, advantages
-and micro-batches, and train on the same clipped objective. Before anything is timed their log-probabilities, losses and
-gradients are compared; a difference above 1e-5 stops the benchmark. Two phases are timed, in alternation in one process:
+Both sides get the same weights (a random Qwen3, float32, one thread), prompts, completions, advantages and micro-batches, and
+train on the same clipped objective. Before anything is timed their log-probabilities, losses and gradients are compared; a
+difference above 1e-5 stops the benchmark. Three phases are timed, in alternation in one process:
 
-    score   reading log-probabilities without gradient        TRL: `_get_per_token_logps_and_entropies`   here: `score`
-    train   loss and backward of the whole batch              TRL: `_compute_loss` and backward           here: `accumulate`
+    sample  drawing the completions                       TRL: `_generate_single_turn`                 here: `sample`
+    score   reading log-probabilities without gradient    TRL: `_get_per_token_logps_and_entropies`    here: `score`
+    train   loss and backward of the whole batch          TRL: `_compute_loss` and backward            here: `accumulate`
+
+`sample` is equal work only where every completion has the full length: no token ends one on either side, greedy decoding must
+give the same tokens on both, and every timed call must return the full number of tokens. Ragged works have no such phase: two
+programs that draw differently draw other lengths. Here log-probabilities come with the tokens, there they do not.
 
 Times are seconds of CPU of the one thread, which other programs on the machine disturb less than wall time. The limit is the
 number of operations that the step needs with every shared token computed once, divided by the rate of a large matrix product
@@ -14,7 +19,6 @@ measured in each round. Peak memory is the growth of the resident set over the l
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import platform
@@ -23,7 +27,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path as Folder
 from statistics import median
@@ -53,10 +57,12 @@ class Work:
     prompt: int
     low: int
     high: int
+    model: str = "3.4M"
 
     @property
     def name(self) -> str:
-        return f"{self.prompt}/{self.low}" + (f"..{self.high}" if self.high > self.low else "")
+        lengths = f"{self.prompt}/{self.low}" + (f"..{self.high}" if self.high > self.low else "")
+        return lengths if self.model == "3.4M" else f"{lengths}@{self.model}"
 
     @property
     def budget(self) -> int:
@@ -64,15 +70,26 @@ class Work:
         return G * (self.prompt + self.high)
 
 
-WORKS = {w.name: w for w in (Work(1, 128, 64, 64), Work(4, 128, 16, 256), Work(1, 1024, 32, 32), Work(1, 2048, 32, 32))}
+SIZES = {"3.4M": (256, 4), "24.7M": (512, 8)}  # width, layers
+WORKS = {
+    w.name: w
+    for w in (
+        Work(1, 128, 64, 64),
+        Work(4, 128, 16, 256),
+        Work(1, 1024, 32, 32),
+        Work(1, 2048, 32, 32),
+        Work(1, 1024, 32, 32, "24.7M"),
+    )
+}
 
 
-def network() -> Any:
-    """A random Qwen3 of 3.4 million parameters; the same weights each time."""
+def network(model: str = "3.4M") -> Any:
+    """A random Qwen3 of one of `SIZES`; the same weights each time."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    size = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "head_dim": 64, "vocab_size": 512}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    width, layers = SIZES[model]
+    size = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": layers, "vocab_size": 2 * width}
+    heads = {"num_attention_heads": width // 64, "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 4096}
     marks = {"pad_token_id": tokenizer().pad_token_id, "eos_token_id": tokenizer().eos_token_id, "bos_token_id": None}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -102,8 +119,15 @@ class Here:
     def __init__(self, work: Work, sharing: prefix.Rates | None = prefix.MEASURED) -> None:
         self.work, self.groups = work, rows(work)
         self.paths = [p for g in self.groups for p in g.paths]
-        self.policy = TokenPolicy(network(), tokenizer(), sharing=sharing)
+        self.policy = TokenPolicy(network(work.model), tokenizer(), sharing=sharing)
         self.model = self.policy.model
+        self.policy.eos = [-1]  # nothing ends a completion: `sample` draws the full length, as on the other side
+
+    def sample(self, greedy: bool = False) -> list[list[int]]:
+        g = torch.Generator().manual_seed(0)
+        prompts = [p.prompt for p in self.paths]
+        found = self.policy.sample(prompts, g=g, max_new=self.work.high, temperature=0.0 if greedy else 1.0)
+        return [p.steps.tolist() for p in found]
 
     def score(self) -> list[Tensor]:
         return self.policy.score(self.paths, budget=self.work.budget)
@@ -133,7 +157,7 @@ class There:
 
         made: Any = trl  # its names are resolved lazily
         self.work, self.groups = work, rows(work)
-        network().save_pretrained(folder / "model")
+        network(work.model).save_pretrained(folder / "model")
         quiet: dict[str, Any] = {"use_cpu": True, "bf16": False, "report_to": "none", "disable_tqdm": True}
         quiet |= {"activation_checkpointing": False, "save_strategy": "no", "output_dir": str(folder / "out")}
         size: dict[str, Any] = {"per_device_train_batch_size": G, "num_generations": G, "max_completion_length": work.high}
@@ -149,6 +173,8 @@ class There:
         self.trainer.current_gradient_accumulation_steps = work.prompts
         self.model = self.trainer.model
         self.model.train()
+        self.trainer.generation_config.eos_token_id = self.model.generation_config.eos_token_id = None
+        self.trainer.eos_token_ids = [-1]
         paths = [p for g in self.groups for p in g.paths]
         here = torch.arange(work.high) < torch.tensor([len(p) for p in paths])[:, None]
         ids = torch.full(here.shape, int(tokenizer().pad_token_id))  # pyright: ignore[reportArgumentType]
@@ -162,6 +188,11 @@ class There:
             "advantages": torch.cat([g.advantage[:, 0] for g in self.groups if g.advantage is not None]),
             "num_items_in_batch": here.sum(),
         }
+
+    def sample(self, greedy: bool = False) -> list[list[int]]:
+        self.trainer.generation_config.do_sample = not greedy
+        found, _ = self.trainer._generate_single_turn(self.inputs["prompt_ids"].tolist(), None, {}, G)
+        return found
 
     @torch.no_grad()
     def score(self) -> list[Tensor]:
@@ -208,9 +239,27 @@ def refuse_difference(a: Here, b: There, old: list[Tensor]) -> dict[str, float]:
     return found
 
 
+def refuse_other_samples(a: Here, b: There) -> None:
+    """A sentence when the two sides do not decode the same distribution to the same length."""
+    config = b.trainer.generation_config
+    if (config.temperature, config.top_k or 0, config.top_p, config.repetition_penalty or 1.0) != (1.0, 0, 1.0, 1.0):
+        raise GruppoError(f"TRL samples another distribution than softmax(logits): {config}; nothing was timed")
+    mine, theirs = a.sample(greedy=True), b.sample(greedy=True)
+    if mine != theirs:
+        off = sum(x != y for x, y in zip(mine, theirs))
+        raise GruppoError(f"{a.work.name}: greedy decoding gives other tokens in {off} of {len(mine)} rows; nothing was timed")
+
+
+def full(side: Here | There) -> None:
+    """Sample; refuse completions that are not of the full length."""
+    lengths = sorted({len(ids) for ids in side.sample()})
+    if lengths != [side.work.high]:
+        raise GruppoError(f"{side.name} sampled completions of {lengths} tokens where {side.work.high} were asked for")
+
+
 def operations(work: Work) -> dict[str, float]:
     """Operations of each phase with every shared token computed once: weights, attention, head."""
-    model = network()
+    model = network(work.model)
     paths = [p for g in rows(work) for p in g.paths]
     where = torch.arange(work.high) < torch.tensor([len(p) for p in paths])[:, None]
     plain = prefix.Cost.of(model, prefix.Rates(pair=1.0, call=0.0, touch=0.0))
@@ -221,6 +270,7 @@ def operations(work: Work) -> dict[str, float]:
         work.high * len(paths)
     )
     return {
+        "sample": forward,  # a token is read when it is drawn, so decoding passes the same tokens
         "score": forward,
         "train": 3 * forward,
         "saved": padded / forward,
@@ -255,21 +305,29 @@ def compare(work: Work, rounds: int, peaks: bool) -> dict[str, Any]:
         old = [logp + 0.05 * torch.randn(logp.shape, generator=torch.Generator().manual_seed(2)) for logp in b.score()]
         apart = refuse_difference(a, b, old)
         inputs: dict[str, Any] = {side.name: side.given(old) for side in (a, b)}
-        run: dict[str, Any] = {side.name: side.train for side in (a, b)}
-        spent: dict[str, dict[str, list[float]]] = {s.name: {"score": [], "train": []} for s in (a, b)}
+        phases: dict[str, Callable[[Here | There], Any]] = {
+            "score": lambda side: side.score(),
+            "train": lambda side: side.train(inputs[side.name]),
+        }
+        if work.low == work.high:
+            refuse_other_samples(a, b)
+            phases = {"sample": full, **phases}
+        spent: dict[str, dict[str, list[float]]] = {s.name: {name: [] for name in phases} for s in (a, b)}
         rate = []
         for n in range(rounds):
             rate.append(gemm())
             for side in (a, b) if n % 2 else (b, a):
-                spent[side.name]["score"].append(seconds(side.score))
-                spent[side.name]["train"].append(seconds(lambda name=side.name: run[name](inputs[name])))
+                for name, run in phases.items():
+                    spent[side.name][name].append(seconds(lambda run=run, side=side: run(side)))
     need = operations(work)
-    for times in spent.values():
-        times["both"] = [x + y for x, y in zip(times["score"], times["train"])]
-    need["both"] = need["score"] + need["train"]
+    sums = {"both": ("score", "train")} | ({"step": tuple(phases)} if "sample" in phases else {})
+    for name, parts in sums.items():
+        need[name] = sum(need[p] for p in parts)
+        for times in spent.values():
+            times[name] = [sum(some) for some in zip(*(times[p] for p in parts))]
     out: dict[str, Any] = {"work": work.name, "groups": work.prompts, "rounds": rounds, "apart": apart, "gemm": median(rate)}
     out["saved"] = need["saved"]
-    for phase in ("score", "train", "both"):
+    for phase in (*phases, *sums):
         ratio = [y / x for x, y in zip(spent[a.name][phase], spent[b.name][phase])]
         limit = need[phase] / out["gemm"]
         ms = {s: 1000 * median(t[phase]) for s, t in spent.items()}
@@ -286,7 +344,8 @@ def compare(work: Work, rounds: int, peaks: bool) -> dict[str, Any]:
 
 def peak_of(side: str, work: Work) -> float:
     """Megabytes that `train` adds to the resident set at its peak, in a process of its own."""
-    command = [sys.executable, "-m", "gruppo.bench", "--peak", side, "--work", work.name]
+    call = f"import torch; from gruppo import bench; torch.set_num_threads(1); print(bench.peak({side!r}, bench.{work!r}))"
+    command = [sys.executable, "-c", call]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise GruppoError(f"measuring the memory of {side} failed: {done.stderr.strip().splitlines()[-1:]}")
@@ -332,7 +391,7 @@ def table(found: list[dict[str, Any]], profiles: dict[str, list[tuple[str, float
     lines = [
         "# Training beside TRL's GRPOTrainer",
         "",
-        f"`python -m gruppo.bench`; Qwen3 of 3.4 M parameters, float32, one thread, G = {G}, "
+        f"`gruppo bench text`; random Qwen3 of 3.4 M parameters (24.7 M where named), float32, one thread, G = {G}, "
         f"{head['rounds']} alternating rounds, torch {torch.__version__}, {platform.processor() or platform.machine()}, "
         f"matrix products at {head['gemm'] / 1e9:.0f} GFLOP/s.",
         "",
@@ -340,13 +399,17 @@ def table(found: list[dict[str, Any]], profiles: dict[str, list[tuple[str, float
         f"{max(max(r['apart'].values()) for r in found):.0e} before anything is timed. Times are CPU seconds of one thread. "
         "*Limit*: the operations of the step with every",
         "shared token computed once, at the measured rate of a large matrix product. *Ratio*: TRL's time / gruppo's.",
+        "*Sample* is timed where all completions have the full length: greedy decoding gives the same tokens on both sides,",
+        "and every timed call returns the same number of tokens. Ragged completions have no such phase: two programs draw",
+        "other lengths. Its limit is out of reach, since products of eight rows are not large. *Both* is score and train,",
+        "*step* is all three.",
         "*Saved*: how many times as many operations full rows, padded to the longest, take. *Peak*: memory that one step adds.",
         "",
         "| prompt/completion | groups | phase | TRL ms | gruppo ms | ratio (min..max) | saved | completion tokens/s | of limit |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in found:
-        for phase in ("score", "train", "both"):
+        for phase in (name for name in ("sample", "score", "train", "both", "step") if name in r):
             p = r[phase]
             lines.append(
                 f"| {r['work']} | {r['groups']} | {phase} | {p['ms']['TRL']:.0f} | {p['ms']['gruppo']:.0f} | "
@@ -385,35 +448,25 @@ def draw(found: list[dict[str, Any]], file: Folder) -> None:
     figure.savefig(file)
 
 
-def main() -> None:
-    """Run the works, print the table, write docs/bench."""
-    parser = argparse.ArgumentParser(prog="python -m gruppo.bench", description="Training beside TRL on equal work.")
-    parser.add_argument("--work", action="append", choices=WORKS, help="may be given several times; default: all")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Folder, default=None, help="folder for the page, the plot and the numbers")
-    parser.add_argument("--no-memory", action="store_true")
-    parser.add_argument("--no-profile", action="store_true")
-    parser.add_argument("--peak", choices=("gruppo", "TRL"), help=argparse.SUPPRESS)
-    given = parser.parse_args()
+def report(names: Sequence[str], rounds: int, out: Folder | None, *, memory: bool = True, profiled: bool = True) -> str:
+    """Run the named works on one thread; the page, written with its numbers and plot where `out` is a folder."""
+    wrong = [name for name in names if name not in WORKS]
+    if wrong:
+        raise GruppoError(f"there is no work {wrong[0]!r}; there are {', '.join(WORKS)}")
+    if rounds < 1:
+        raise GruppoError(f"{rounds} rounds were asked for; at least one is needed")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)
-    works = [WORKS[name] for name in given.work or WORKS]
-    if given.peak:
-        print(peak(given.peak, works[0]))
-        return
+    works = [WORKS[name] for name in names]
     found = []
     for work in works:
-        found.append(compare(work, given.rounds, not given.no_memory))
+        found.append(compare(work, rounds, memory))
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
-    profiles = {} if given.no_profile else {w.name: profile(w) for w in works[:1]}
+    profiles = {w.name: profile(w) for w in works[:1]} if profiled else {}
     page = table(found, profiles)
-    print(page)
-    if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
-        (given.out / "train.md").write_text(page)
-        (given.out / "train.json").write_text(json.dumps({"rows": found, "profile": profiles}, indent=1) + "\n")
-        draw(found, given.out / "train.svg")
-
-
-if __name__ == "__main__":
-    main()
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "train.md").write_text(page)
+        (out / "train.json").write_text(json.dumps({"rows": found, "profile": profiles}, indent=1) + "\n")
+        draw(found, out / "train.svg")
+    return page

@@ -1,4 +1,4 @@
-"""What an iteration costs beside DanceGRPO's, on the world `glyphs`: `python -m gruppo.bench_flow`.
+"""What an iteration costs beside DanceGRPO's, on the world `glyphs`: `gruppo bench flow`.
 
 Every method begins at the same weights and paints the same prompts, with the papers' grid of 20 or more steps: T steps, G paths,
 one optimizer step, no evaluation. The methods take turns, one iteration each per round, so that what else the machine does falls
@@ -7,7 +7,6 @@ on all of them. Times are CPU seconds of the one thread. Calls of the network an
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import time
@@ -25,7 +24,7 @@ from gruppo.recipes import recipe
 from gruppo.recipes.branch_grpo import extremes
 from gruppo.runs.folder import whole
 from gruppo.train import iterate
-from gruppo.types import Group
+from gruppo.types import Group, GruppoError
 from gruppo.worlds import WORLDS
 
 PAPERS = {  # seconds per iteration on FLUX, over DanceGRPO's of the same table
@@ -139,28 +138,19 @@ def table(rows: list[dict[str, Any]], about: str) -> str:
     return head + "\n".join(lines) + f"\n\n{about}\n"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="An iteration's cost beside DanceGRPO's.")
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--paths", type=int, default=16)
-    parser.add_argument("--prompts", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="a folder for flow.md and flow.json")
-    asked = parser.parse_args()
+def report(steps: int = 20, paths: int = 16, prompts: int = 2, rounds: int = 5, out: Path | None = None) -> str:
+    """Run the methods on one thread; the page, written with its numbers where `out` is a folder."""
+    if rounds < 1:
+        raise GruppoError(f"{rounds} rounds were asked for; at least one is needed")
     torch.set_num_threads(1)
-    rows = run(asked.steps, asked.paths, asked.prompts, asked.rounds)
-    what = f"{asked.steps} denoising steps, {asked.paths} paths, {asked.prompts} prompts an iteration"
+    rows = run(steps, paths, prompts, rounds)
+    what = f"{steps} denoising steps, {paths} paths, {prompts} prompts an iteration"
     where = f"one thread of {platform.processor() or platform.machine()}, torch {torch.__version__}"
-    text = table(rows, f"{what}, median of {asked.rounds} rounds; calls and steps per prompt; {where}.")
-    print(text)
-    if asked.out is not None:
-        asked.out.mkdir(parents=True, exist_ok=True)
-        with whole(asked.out / "flow.md") as file:
-            head = "# Flow models: what an iteration costs\n\n`python -m gruppo.bench_flow --out docs/bench`\n\n"
-            file.write_text(head + text)
-        with whole(asked.out / "flow.json") as file:
+    text = table(rows, f"{what}, median of {rounds} rounds; calls and steps per prompt; {where}.")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        with whole(out / "flow.md") as file:
+            file.write_text("# Flow models: what an iteration costs\n\n`gruppo bench flow --out docs/bench`\n\n" + text)
+        with whole(out / "flow.json") as file:
             file.write_text(json.dumps(rows, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+    return text

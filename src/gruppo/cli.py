@@ -471,6 +471,39 @@ def fit_reward_model(
     say(f"saved {output}")
 
 
+benches = typer.Typer(help="What training costs beside TRL and DanceGRPO.", no_args_is_help=True)
+app.add_typer(benches, name="bench")
+Rounds = Annotated[int, typer.Option(help="Times that every side takes its turn.")]
+Pages = Annotated[Path | None, typer.Option(help="A folder for the page and its numbers; printed alone when not given.")]
+
+
+@benches.command(name="text")
+def bench_text(
+    work: Annotated[list[str] | None, typer.Option(help="As 1024/32 or 1024/32@24.7M; may be repeated; all by default.")] = None,
+    rounds: Rounds = 3,
+    out: Pages = None,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory too, in processes of their own.")] = True,
+) -> None:
+    """Sampling, scoring and training beside TRL's GRPOTrainer on equal work; needs the extra `parity`."""
+    from gruppo.bench import WORKS, report
+
+    print(report(work or list(WORKS), rounds, out, memory=memory))
+
+
+@benches.command(name="flow")
+def bench_flow(
+    rounds: Rounds = 5,
+    out: Pages = None,
+    steps: Annotated[int, typer.Option(help="Denoising steps.")] = 20,
+    paths: Annotated[int, typer.Option(help="Paths per prompt.")] = 16,
+    prompts: Annotated[int, typer.Option(help="Prompts per iteration.")] = 2,
+) -> None:
+    """An iteration of the cheaper flow methods beside DanceGRPO's, on the world `glyphs`."""
+    from gruppo.bench_flow import report
+
+    print(report(steps, paths, prompts, rounds, out))
+
+
 @app.command()
 def record(recipe: Annotated[str, typer.Argument(help="arXiv id or nickname, or `all`.")]) -> None:
     """Train a recipe's tiny golden run again and write its curve into the repository."""
