@@ -81,7 +81,9 @@ def test_one_missing_order_leaves_the_pair_undecided() -> None:
     assert found == {"win_rate": [0.5, 0.5], "win_rate_unparseable": [1.0, 1.0], "win_rate_unanswered": [0.0, 0.0]}
 
 
-@pytest.mark.parametrize(("n", "rounded", "exact"), [(4, 0.4304, 0.4303), (8, 0.3498, 0.3499), (16, 0.3174, 0.3174)])
+@pytest.mark.parametrize(
+    ("n", "rounded", "exact"), [(4, 0.4304, 0.4303), (8, 0.3498, 0.3499), (16, 0.3174, 0.3174), (24, 0.3076, 0.3074)]
+)
 def test_the_spread_of_strict_win_rates(n: int, rounded: float, exact: float) -> None:
     """E6.5, with the reference code's three decimals and without."""
     for digits, spread in ((3, rounded), (None, exact)):
@@ -332,6 +334,32 @@ def test_the_flex_grader_counts_categories_within_each_group() -> None:
     unread = FlexRate(lambda pairs: [Verdict()] * len(pairs))([group([1, 2])])[0]
     assert unread["flex"] == [0.5, 0.5]
     assert unread["flex_unparseable"] == [1.0, 1.0]
+    silent = FlexRate(lambda pairs: [None] * len(pairs))([group([1, 2])])[0]
+    assert silent["flex_unparseable"] == [1.0, 1.0]
+    assert FlexRate(judge)([group([1])])[0]["flex"] == [None]
+
+
+def test_an_unread_category_ties_and_dims_are_rounded() -> None:
+    verdicts = [Verdict(1.0, (("a", math.nan),)), Verdict(1.0, (("a", 1.0),)), Verdict(1.0, (("b", 0.0),))]  # pairs 01, 02, 12
+    [found] = FlexRate(lambda pairs: verdicts, weights=(0.0, 1.0))([group([1, 2, 3])])
+    # path 0 met a twice and won 1.5; path 1 tied in a (.5, weight 1) and lost b (0, weight .7): .5 / 1.7 = .294
+    assert found["flex"] == pytest.approx([0.75, 0.294, 0.7 / 1.7], abs=5e-4)
+    assert found["flex"] == [round(v, 3) for v in found["flex"]]
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        ([1.0], "needs verdicts, but its judge gave 1.0"),
+        ([Verdict(2.0)], "preferred the first by 2"),
+        ([Verdict(1.0, (("light", -1.0),))], "preferred the first by -1"),
+        ([Verdict(1.0)] * 2, "was given 1 pairs and gave 2 verdicts"),
+        ([], "was given 1 pairs and gave 0 verdicts"),
+    ],
+)
+def test_a_judge_that_gives_no_verdicts_stops_the_run(answer: list[Any], sentence: str) -> None:
+    with pytest.raises(GruppoError, match=sentence):
+        FlexRate(lambda pairs: answer)([group([1, 2])])
 
 
 def test_a_size_judge_end_to_end_through_a_grading() -> None:

@@ -249,6 +249,34 @@ def test_width_with_silent_leaves() -> None:
     assert pruned(group, Pruned(parent_top1))[:, 19].nonzero()[:, 0].tolist() == [1, 3, 5, 7, 9, 11, 13, 14]
 
 
+def test_pruning_a_tree_as_it_grows() -> None:
+    """A grown tree has another row order than the one written here: its second row leaves the first one at the root."""
+    _, (group,) = grown(Tree((0, 3, 6, 9), noisy=everywhere), 20)
+    assert group.paths[1].fork == (0, 0)
+    assert last_split(group) == 9
+    reward = torch.rand(16, generator=torch.Generator().manual_seed(3))
+    group = group.with_(reward=reward)
+    left = pruned(group, Pruned(extremes))
+    assert int(left.sum()) == 138
+    order = reward.argsort(descending=True)
+    assert sorted(left[:, 19].nonzero()[:, 0].tolist()) == sorted([*order[:4].tolist(), *order[-4:].tolist()])
+    left = pruned(group, Pruned(parent_top1))
+    assert int(left.sum()) == 138
+    assert left[:, 19].nonzero()[:, 0].tolist() == sorted(i + 8 * int(reward[i + 8] > reward[i]) for i in range(8))
+    assert pruned(group, Pruned(first_half)).any(0).nonzero()[:, 0].tolist() == [*range(15)]
+    assert int(pruned(group, Pruned(depth=DepthWindow(4, 30))).sum()) == 218 - 64
+
+
+def test_pruning_hands_over_what_a_silent_leaf_would_have_trained() -> None:
+    reward = torch.rand(16, generator=torch.Generator().manual_seed(5))
+    reward[0] = torch.nan
+    (group,) = [drop_abstained(big(reward.tolist()))]
+    left = pruned(group, Pruned(depth=DepthWindow(4, 30)))
+    assert not bool(left[0].any())
+    assert left[1].tolist() == [True] * 16 + [False] * 4
+    assert int(left.sum()) == 218 - 11 - 4 * 15  # its own chain of 11, then four depths of the other 15
+
+
 def test_pruning_comes_after_normalising() -> None:
     """Advantages are those of the whole tree; what is left out neither trains nor counts in the mean."""
     made = branch_grpo(width=extremes)
@@ -312,6 +340,11 @@ def test_mix_trains_34_of_218_transitions() -> None:
     assert policy.counts["sampled"] == 203
     (later,) = branch_grpo_mix(begin=12).rollout(policy, [task(0)], flow_grading(), torch.Generator().manual_seed(0))
     assert later.mask.any(0).nonzero()[:, 0].tolist() == [0, 3, 6, 9, 12, 13, 14, 15]
+    wide = branch_grpo_mix(begin=12, window=2, eta=0.9, clip=1e-5)
+    (wide_group,) = wide.rollout(policy, [task(0)], flow_grading(), torch.Generator().manual_seed(0))
+    assert wide_group.mask.any(0).nonzero()[:, 0].tolist() == [0, 3, 6, 9, 12, 13]
+    assert wide_group.paths[0].prompt.kernel == DanceSDE(0.9)
+    assert set(difference(wide, branch_grpo_mix())) == {"rollout", "loss"}
 
 
 def test_what_it_changes() -> None:
@@ -341,5 +374,12 @@ def test_leaves_and_splits_must_fit() -> None:
         branch_grpo(fan=1)
     with pytest.raises(GruppoError, match="the depth window is 0 wide"):
         branch_grpo(depth=0)
+    with pytest.raises(GruppoError, match="leaves out 20 depths, but a tree of 20 steps has only 20"):
+        pruned(big(), Pruned(depth=DepthWindow(20, 1)))
+    for begin, window in ((-1, 4), (0, 0)):
+        with pytest.raises(GruppoError, match=f"begins at {begin} and has {window} steps"):
+            branch_grpo_mix(begin=begin, window=window)
+    with pytest.raises(GruppoError, match="begins at 12, but the grid has only the steps 0 to 9"):
+        grown(branch_grpo_mix(begin=12).rollout, 10)  # type: ignore[arg-type]
     with pytest.raises(GruppoError, match="is to split 4 times, but a grid of 4 steps has room for 3"):
         grown(branch_grpo().rollout, 4)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from gruppo.recipe import difference
 from gruppo.recipes import recipe
 from gruppo.recipes.g2rpo import Summed, Views, by_step, g2rpo
 from gruppo.recipes.golden_flow import QUADRANTS, Quadrant, flow_grading, task, tiny_flow
+from gruppo.rollouts.branching import Branches, visits
 from gruppo.train import iterate
 from gruppo.types import Batch, Group, GruppoError, Path, Task
 
@@ -164,6 +165,17 @@ def test_what_it_changes() -> None:
     assert made.cadence is by_step
     assert made.reference is None
     assert made.rollout.strides == (1, 2, 3)
+    other = g2rpo(eta=0.9, clip=1e-5)
+    assert isinstance(other.rollout, Branches)
+    assert other.rollout.kernel == FlowSDE(0.9)
+    assert set(difference(other, made)) == {"rollout", "loss"}
+
+
+def test_endings_that_coincide_on_a_short_grid_count_twice() -> None:
+    assert visits(3, 8, 2) == visits(3, 8, 3) == [4, 5, 8]
+    groups = g2rpo(3).rollout(tiny_flow(steps=8), [task(0)], flow_grading(), torch.Generator().manual_seed(0))
+    assert torch.equal(groups[3].signals["near@2"], groups[3].signals["near@3"])
+    assert not torch.equal(groups[0].signals["near@2"], groups[0].signals["near@3"])
 
 
 def test_an_objective_that_nobody_measures() -> None:

@@ -21,6 +21,7 @@ from gruppo.recipes.flow_grpo import flow_grpo
 from gruppo.recipes.golden_flow import QUADRANTS
 from gruppo.recipes.tempflow_grpo import NoiseAware, tempflow_grpo
 from gruppo.rollouts.branching import Branches, by_prompt
+from gruppo.rollouts.trajectories import Trajectories
 from gruppo.types import Batch, Group, GruppoError, Path, Steps, Task
 
 SD3 = twice_shifted(10, 3.0)
@@ -178,6 +179,17 @@ def test_weights_fit_whole_trajectories_too() -> None:
     assert float(batch.weight.sum()) == pytest.approx(1.0, abs=1e-5)
 
 
+def test_the_normaliser_moves_with_a_window() -> None:
+    """Of a window's steps the mean weight is 1 wherever it stands: constants of the whole grid would not do that."""
+    for begin in (0, 5):
+        rollout = Trajectories(3, FlowSDE(0.9), lambda T, g, begin=begin: range(begin, begin + 3))
+        _, groups = grown(rollout, 10)  # type: ignore[arg-type]
+        batch = weigh(collate([g.with_(advantage=torch.zeros(len(g), 10)) for g in groups]), NoiseAware())
+        sd = Course.of("a", linear(10, 3.0), FlowSDE(0.9)).deviations[begin : begin + 3].float()
+        assert torch.allclose(batch.weight[0, begin : begin + 3] * 9, sd / sd.mean(), atol=1e-5)
+        assert float(batch.weight.sum()) == pytest.approx(1.0, abs=1e-5)
+
+
 def test_an_abstained_child_leaves_the_weights_of_the_others() -> None:
     batch = batch_of(SD3)
     batch.mask[3] = False
@@ -196,6 +208,10 @@ def test_what_it_changes() -> None:
     assert made.reference is not None
     assert tempflow_grpo(weighted=False).reduce is step_mean
     assert tempflow_grpo().rollout.seeds * tempflow_grpo().rollout.n == 24
+    flux = tempflow_grpo(eta=0.9, eps=1e-3, clip=1e-5)
+    assert isinstance(flux.rollout, Branches)
+    assert flux.rollout.kernel == FlowSDE(0.9)
+    assert set(difference(flux, tempflow_grpo())) == {"rollout", "advantage", "loss"}
 
 
 def test_refusals() -> None:

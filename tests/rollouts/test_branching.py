@@ -273,6 +273,27 @@ def test_the_last_picture_has_no_noise_on_it() -> None:
         assert torch.allclose(path.steps[4], course.kernel.clean(path.steps[3:4], v, course.sigmas[3:4].float())[0], atol=1e-5)
 
 
+def test_nothing_else_is_shared() -> None:
+    """Prompts, trunks, nodes and rows draw noise of their own: only siblings have a part in common."""
+    policy = written(steady, [0.9, 0.8, 0.7, 0.0])
+    groups = Tree((0, 1))(policy, [Task("a"), Task("b")], lambda groups: groups, rng())
+    for t in (0, 1):
+        drawn = torch.stack([p.steps[t + 1] - p.steps[t] for g in groups for p in g.paths])
+        assert len(drawn.unique(dim=0)) == (4, 8)[t]
+    groups = Branches(3, seeds=2)(policy, [Task("a"), Task("b")], lambda groups: groups, rng())
+    for k in (0, 1):
+        drawn = torch.stack([p.steps[k + 1] - p.steps[k] for g in groups for p in g.paths if bool(p.mask[k])])
+        assert len(drawn.unique(dim=0)) == 12
+    (group,) = Tree((0,))(policy, [Task("a")], lambda groups: groups, rng())
+    later = torch.stack([p.steps[2] - p.steps[1] for p in group.paths])  # a step without a split
+    assert (later[0] - later[1]).abs().min() > 1e-2
+    twins = Correlated(0.1)(50, 2, (3,), rng())
+    assert (twins[:, 0] - twins[:, 1]).abs().mean() < 0.2  # nearly all in common
+    assert twins[:, 0].std(0).min() > 0.5  # but not from node to node
+    far = Correlated(100.0)(50, 2, (3,), rng())
+    assert far[:, 0].std(0).min() > 0.5
+
+
 def test_split_noise() -> None:
     noise = Correlated(4.0)
     both = noise.blend(torch.tensor(0.5), torch.tensor([1.0, -1.0]))

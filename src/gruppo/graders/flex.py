@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from gruppo.graders.grade import Abstained
-from gruppo.graders.judge import Pair, group_pairs, pairs_of, shares, win_rates
-from gruppo.types import Group
+from gruppo.graders.judge import Pair, group_pairs, pairs_of, preference, shares, win_rates
+from gruppo.types import Group, GruppoError
 
 INSTRUCTION = """You compare two generated images. They were made for this prompt:
 
@@ -75,13 +75,17 @@ class FlexRate:
 
     def __call__(self, groups: list[Group]) -> list[dict[str, Any]]:
         asked = group_pairs(groups)
-        found = iter(list(self.judge([pair for mine in asked for pair in mine])))
+        pairs = [pair for mine in asked for pair in mine]
+        verdicts = list(self.judge(pairs)) if pairs else []
+        if len(verdicts) != len(pairs):
+            raise GruppoError(f"a judge was given {len(pairs)} pairs and gave {len(verdicts)} verdicts")
+        found = iter([verdict(v) for v in verdicts])
         return [self.rates([next(found) for _ in mine], len(g)) for g, mine in zip(groups, asked)]
 
     def rates(self, verdicts: Sequence[Any], n: int) -> dict[str, Any]:
         """The signals of one group of n paths."""
         lost = [v for v in verdicts if isinstance(v, Abstained)]
-        read = [v if isinstance(v, Verdict) else Verdict() for v in verdicts]
+        read = [Verdict() if isinstance(v, Abstained) else v for v in verdicts]
         overall = win_rates([v.overall for v in read], n, digits=self.digits)
         names = list(dict.fromkeys(name for v in read for name, _ in v.categories))
         rewards = flex_rewards(
@@ -94,6 +98,21 @@ class FlexRate:
             "flex_unparseable": shares(verdicts, n, lambda v: isinstance(v, Verdict) and v.overall != v.overall),
             "flex_unanswered": silent,
         }
+
+
+def verdict(value: Any) -> Verdict | Abstained:
+    """One answer of a judge, checked; None is one that could not be read.
+
+    A preference instead of a verdict would count as unreadable, and with nothing but ties the run would learn nothing.
+    """
+    if value is None:
+        return Verdict()
+    if isinstance(value, Verdict):
+        for p in (value.overall, *(p for _, p in value.categories)):
+            preference(p)
+    elif not isinstance(value, Abstained):
+        raise GruppoError(f"FlexRate needs verdicts, but its judge gave {value!r}; `parse=FlexReply()` reads them from replies")
+    return value
 
 
 def category_rates(verdicts: Sequence[Verdict], n: int, name: str) -> list[float]:

@@ -13,6 +13,7 @@ judged among itself, so that early steps hear of all the leaves below them.
 | body of the paper | not read: third-party accounts | | the code file by file |
 | split noise | `Correlated` | the formula above | `Scaled`: biased |
 | fusion | `uniform`; `ByPath(beta)`; `by_edges` | `ByPath` | `uniform` or `by_edges` |
+| log p in the fusion | mean over elements | mean or sum not known to us | mean over elements |
 | std | sample (n - 1), eps 1e-8 | "std", eps | sample |
 | std below 1e-6, or one node | A is 0 | not known to us | A is 0 |
 | depth of two nodes | +-.7071 whatever the rewards are | | the same |
@@ -213,6 +214,8 @@ class DepthWindow:
 
     def steps(self, T: int, stop: int) -> list[int]:
         """The steps that are left out now; the transition to depth d is step d - 1. The window begins at `stop` or later."""
+        if self.width >= T:
+            raise GruppoError(f"the depth window leaves out {self.width} depths, but a tree of {T} steps has only {T}")
         begin = T - self.width + 1
         begin -= min(self.seen // self.every, max(0, begin - stop))
         return [d - 1 for d in range(begin, begin + self.width) if 1 <= d <= T]

@@ -8,6 +8,7 @@ by several endings, from fine to coarse: one length of ending alone judges it wi
     J_k       = 1/G sum_i min(rho A, clip(rho, 1 - c, 1 + c) A)                 one optimizer step for every k, earliest first
 
 A grid that misses sigma = 0 gives up its last point: the picture is then what the network expects at the point before it.
+On a short grid two granularities may have one and the same ending, which then counts twice (T 8, k 3: those of 2 and 3).
 
 | | here | paper, as far as known | reference code |
 |---|---|---|---|
@@ -19,6 +20,7 @@ A grid that misses sigma = 0 gives up its last point: the picture is then what t
 | path with a grade missing | left out | not known to us | not handled |
 | anchor | stops behind the last branched step | not known to us | painted to its end, logged |
 | endings | points in common computed once | not known to us | each ending by itself |
+| optimizer steps | one per k, for all prompts of the batch | not known to us | one per k and prompt |
 | KL | none | none | none |
 | noise | a new anchor per prompt | not known to us | the same |
 

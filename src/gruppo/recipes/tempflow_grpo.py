@@ -4,7 +4,7 @@ branch earns, and weigh the steps by how much noise they can bring in.
     x_k+1(c) = K children of the trunk's x_k by one stochastic step, each finished without noise
     A_k(c)   = (r_k(c) - mean) / (std + eps)     over the K children of the same prompt, noise and step (the seed group)
     w_k      = sd_k / mean_k(sd),  sd_k = s_k sqrt(h_k)                          mean 1 over the trained steps
-    J        = mean over prompts, seeds, steps k and children c of  w_k min(rho A, clip(rho, 1 - c, 1 + c) A) - beta KL_k
+    J        = mean over prompts, seeds, steps k and children c of  w_k { min(rho A, clip(rho, 1 - c, 1 + c) A) - beta KL_k }
     KL_k     = mean_D (mu - mu_ref)^2 / (2 s_k^2 h_k)
 
 The gradient of a step's log-density grows as |d mu / d v| / sd: tiny at the first steps, where a branch decides most, and large
@@ -68,7 +68,12 @@ def deviations(batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class NoiseAware:
-    """Steps weigh what noise they inject. Without `constant` the weights' mean over the trained steps is 1, on any grid."""
+    """Steps weigh what noise they inject. Without `constant` the weights' mean over the trained steps is 1, on any grid.
+
+    The mean is that of one optimizer step: a cadence that trains one denoising step at a time (G2RPO's) makes every weight 1.
+    It is meant for log-densities with a variance (FlowSDE, DanceSDE): those of CPS have none, and their gradients hold the factor
+    sd already.
+    """
 
     constant: float | None = None
 

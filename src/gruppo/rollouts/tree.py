@@ -100,7 +100,13 @@ class AtSplits:
     begin: int = 0
     width: int = 4
 
+    def __post_init__(self) -> None:
+        if self.begin < 0 or self.width < 1:
+            raise GruppoError(f"the window of noisy steps begins at {self.begin} and has {self.width} steps; it needs 0 and 1")
+
     def __call__(self, T: int, g: torch.Generator) -> list[int]:
+        if self.begin >= T:
+            raise GruppoError(f"the window of noisy steps begins at {self.begin}, but the grid has only the steps 0 to {T - 1}")
         return sorted({*placed(self.splits, T), *range(self.begin, min(self.begin + self.width, T))})
 
 
