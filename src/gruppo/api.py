@@ -19,7 +19,7 @@ from gruppo.runs.build import build_policy, world_of
 from gruppo.runs.config import RunConfig, assemble, read
 from gruppo.runs.evaluate import Evaluation, Metric, evaluate
 from gruppo.runs.folder import RunFolder
-from gruppo.runs.session import Given, Session, grading_of, metrics_of, resolve
+from gruppo.runs.session import AVERAGE_FOLDER, Given, Session, grading_of, metrics_of, resolve
 from gruppo.types import GruppoError, Task
 
 
@@ -219,7 +219,10 @@ def evaluation_of(
     seed: int = 0,
     say: Callable[[str], None] = print,
 ) -> Evaluation:
-    """Evaluate a run's checkpoint with the run's own settings, or any model on a world or on data with rewards."""
+    """Evaluate a run's checkpoint with the run's own settings, or any model on a world or on data with rewards.
+
+    Of a run with `fit.ema` the averaged model is taken; name a checkpoint's folder for the weights themselves.
+    """
     scorers = tuple(load_source(m) if isinstance(m, str) else m for m in metrics)
     path = Path(target).expanduser()
     base: dict[str, Any] = {}
@@ -231,7 +234,9 @@ def evaluation_of(
             raise GruppoError(f"the run {path} has no checkpoint yet; evaluate its model folder instead")
         if step is not None and step not in steps:
             raise GruppoError(f"the run {path} has no checkpoint of step {step}; it keeps: {', '.join(map(str, steps))}")
-        model = str(folder.checkpoint(steps[-1] if step is None else step))
+        kept = folder.checkpoint(steps[-1] if step is None else step)
+        averaged = (kept / AVERAGE_FOLDER).is_dir()  # what the run itself evaluated
+        model = str(kept / AVERAGE_FOLDER if averaged else kept)
         base |= {"model": model, "tokenizer": model}
         base["offline"] = []
         base["policy"] = {**base.get("policy", {}), "lora": None}

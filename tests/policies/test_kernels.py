@@ -63,7 +63,7 @@ def test_a_grid_that_begins_a_rounding_error_above_1_is_pure_noise() -> None:
 
 @pytest.mark.parametrize("grid", [unipc(20, 3.0), unipc(20, 3.0).float(), unipc_below_one(20, 3.0), unipc_below_one(20, 5.0)])
 def test_a_grid_that_begins_a_hair_below_1_is_pure_noise(grid: Tensor) -> None:
-    """By the formula s were 700 or 38 there, and the mean's factor 1 - s^2 h / (2 sigma) about -4000 or -11."""
+    """By the formula s were 700 or 38 there, and the mean's factor 1 - s^2 h / (2 sigma) about -4000 or -12."""
     S, level = grid.double(), FlowSDE(0.7).levels(grid)
     near(level[:1], 0.7 * math.sqrt(float(S[0] / (1 - S[1]))), atol=1e-6)
     keep = 1 - level.square() * (S[:-1] - S[1:]) / (2 * S[:-1])

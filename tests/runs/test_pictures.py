@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from tests.runs.small import Quiet, silent
 
-from gruppo.api import Run
+from gruppo.api import Run, evaluation_of
 from gruppo.policies.flow import FlowPolicy
 from gruppo.policies.reference import swapped
 from gruppo.runs.compare import compare
@@ -115,6 +115,49 @@ def test_from_python_a_run_evaluates_its_averaged_weights_and_no_greedy_picture(
     own = evaluate(made.policy, made.held_out, made.stages[0].grade, torch.Generator().manual_seed(0), samples=2, greedy=False)
     assert found.scores["plain"] != own.scores["plain"]
     assert recorded.keys() == found.as_dict()["scores"].keys()
+    again = evaluation_of(str(made.folder.path), samples=2, say=silent)
+    assert again.scores["plain"] == found.scores["plain"]
+
+
+STAGES: list[dict[str, Any]] = [
+    {"fit": {"steps": 2}},
+    {"fit": {"steps": 1}, "only": {"count": [1, 2]}},  # the same recipe: its window goes on
+    {"fit": {"steps": 3}, "recipe_args": {"tau": 2, "stride": 1}},  # another one: a window of its own
+]
+
+
+def windows(made: Session) -> list[int]:
+    steps = range(1, made.step + 1)
+    tables = [pq.read_table(made.folder.path / f"groups/step-{s:06d}.parquet") for s in steps]
+    return [t["mask"][0].as_py().index(True) for t in tables]
+
+
+def test_a_window_goes_on_through_stages_of_its_recipe_and_is_resumed_there(tmp_path: Path) -> None:
+    changes = {"stages": STAGES, "eval": {"tasks": 0}, "policy": {**SMALL["policy"], "denoising_steps": 6}}
+    whole = run(tmp_path / "whole", **changes)
+    assert windows(whole) == [0, 1, 2, 0, 0, 1]
+    for killed in (3, 4):  # after the last step of a stage
+
+        class Stopped(Exception):
+            pass
+
+        def stop(step: int, at: int = killed, kind: type[Exception] = Stopped) -> None:
+            if step == at:
+                raise kind
+
+        first = Session.new(assemble(SMALL, {"folder": str(tmp_path / f"killed-{killed}"), **changes}), say=silent)
+        with pytest.raises(Stopped):
+            first.run(Quiet(stop))
+        again = Session.resume(first.folder.path, say=silent)
+        again.run(Quiet())
+        assert windows(again) == windows(whole)
+        for a, b in zip(whole.policy.parameters(), again.policy.parameters()):
+            assert torch.equal(a, b)
+
+
+def test_checkpointing_that_a_network_does_not_have_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GruppoError, match=r"policy\.gradient_checkpointing is on, but a \w+ cannot compute its layers a second"):
+        run(tmp_path, policy={**SMALL["policy"], "gradient_checkpointing": True})
 
 
 def test_a_checkpoint_is_a_model_of_its_own(done: Session, tmp_path: Path) -> None:

@@ -245,6 +245,7 @@ class FlowPolicy:
                 f"{type(solver).__name__} takes one step for all latents that walk together, but these {len(x)} have different "
                 "grids or different noisy steps; walk them apart"
             )
+        x = x.to(self.device)
         latents, logps, centres = [x.cpu()], [], []
         past: History = list(history or [])
         clean = x

@@ -86,7 +86,7 @@ class FlowSDE:
     """Flow-GRPO (2505.05470): s = eta sqrt(sigma / (1 - sigma)); at sigma = 1 the grid's second value takes sigma's place.
 
     So it does where the grid begins a hair below 1, as UniPC's grids do (0.999999, in older releases 0.9997): s would be 700
-    or 38 there, and one Euler step would multiply the latent by -4000 or -11.
+    or 38 there, and one Euler step would multiply the latent by -4000 or -12.
     """
 
     eta: float = 0.7
