@@ -4,10 +4,13 @@
 
 The judge prefers the picture that meets more test points of its prompt. Yours may be a vision-language model:
 
+    from gruppo.graders.judge import WinRate
     from gruppo.graders.vision import Chat, VisionJudge
     preferred = WinRate(VisionJudge(Chat("http://127.0.0.1:8000/v1", "UnifiedReward")))
 
-A run file names the reward of this file: `rewards: [examples/judged_pictures.py:preferred]`.
+The same from the command line:
+
+    gruppo train --recipe pref-grpo --world glyphs --reward gruppo.benchmarks.glyphs:preferred
 """
 
 from __future__ import annotations
@@ -18,19 +21,14 @@ from pathlib import Path
 
 import torch
 
-from gruppo.benchmarks.glyphs import glyph_checker, glyph_items, glyph_score
+from gruppo.benchmarks.glyphs import glyph_checker, glyph_items, points, preferred
 from gruppo.benchmarks.unigenbench import Result, evaluate, paint
-from gruppo.graders.images import ImageScore
-from gruppo.graders.judge import Margin, WinRate
 from gruppo.graders.sources import build
 from gruppo.policies.flow import FlowPolicy
 from gruppo.policies.painters.glyph import GlyphPainter
 from gruppo.recipes import recipe
 from gruppo.train import iterate
 from gruppo.worlds.glyphs import GLYPHS
-
-preferred = WinRate(Margin(glyph_score))
-points = ImageScore(glyph_score, "points")  # measured, not trained: the mean win rate of a group is always 1/2
 
 
 def scored(policy: FlowPolicy, folder: Path, n: int) -> Result:

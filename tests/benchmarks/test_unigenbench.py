@@ -15,7 +15,18 @@ from tests.graders.clips import picture
 from tests.graders.made import group
 from tests.graders.servers import answering
 
-from gruppo.benchmarks.glyphs import CONSISTENCY, LAYOUT, QUANTITY, asked, glyph_checker, glyph_items, glyph_score, item_of, met
+from gruppo.benchmarks.glyphs import (
+    CONSISTENCY,
+    LAYOUT,
+    QUANTITY,
+    asked,
+    glyph_checker,
+    glyph_items,
+    glyph_score,
+    item_of,
+    met,
+    preferred,
+)
 from gruppo.benchmarks.unigenbench import (
     CHINESE,
     Folder,
@@ -33,7 +44,6 @@ from gruppo.benchmarks.unigenbench import (
 )
 from gruppo.graders.grade import Abstained
 from gruppo.graders.http import Patience
-from gruppo.graders.judge import Margin, WinRate
 from gruppo.graders.vision import Chat
 from gruppo.types import GruppoError, Path
 from gruppo.worlds.glyphs import COLOURS, COUNTS, GLYPHS, SHAPES, draw, look, task_of
@@ -344,7 +354,7 @@ def test_the_verifier_as_a_scorer_and_so_as_a_judge() -> None:
         2 / 5,
         0.0,
     ]  # one blue square at the right: its shape, and consistency
-    assert WinRate(Margin(glyph_score))([group(images, prompt=right.prompt)])[0]["win_rate"] == [1.0, 0.5, 0.0]
+    assert preferred([group(images, prompt=right.prompt)])[0]["win_rate"] == [1.0, 0.5, 0.0]
     for task in GLYPHS.held_out(20):
         assert asked(task.prompt) == task
     with pytest.raises(GruppoError, match="one of square"):

@@ -11,7 +11,7 @@ from tests.graders.clips import picture
 from tests.recipes.batches import advantages, path
 
 from gruppo.core.collate import collate
-from gruppo.core.gaussian import WithGaussianKL
+from gruppo.core.gaussian import WithGaussianKL, without_dt
 from gruppo.graders.grade import Grading
 from gruppo.graders.images import ImageScore, JpegSize
 from gruppo.graders.judge import Margin, WinRate
@@ -244,4 +244,9 @@ def test_preset() -> None:
     assert isinstance(pref_grpo(beta=0.004).loss, WithGaussianKL)
     assert pref_grpo(beta=0.004).reference is not None
     assert made.rollout.kernel == FlowSDE(0.7)  # type: ignore[attr-defined]
+    other = pref_grpo(eta=0.9, tau=0.3, clip=1e-5)
+    assert other.rollout.kernel == FlowSDE(0.9)  # type: ignore[attr-defined]
+    assert set(difference(other, made)) == {"rollout", "loss"}
+    assert groups_of(tau=0.3)[0].mask.sum(1).tolist() == [1] * 8  # int(.3 * 5)
+    assert pref_grpo(beta=0.1, form=without_dt).loss == WithGaussianKL(made.loss, 0.1, without_dt)
     assert set(difference(made, dance_grpo(n=8, updates=2, weights={"win_rate": 1.0}))) == {"rollout", "reward", "needs"}

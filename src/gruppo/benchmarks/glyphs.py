@@ -2,7 +2,7 @@
 
     items = glyph_items(64)                                  the world's held-out tasks
     result = evaluate(items, paint(policy, items, "pictures"), glyph_checker)
-    judge = WinRate(Margin(glyph_score))                     a pairwise judge for Pref-GRPO
+    preferred                                                win rates by a pairwise judge, for Pref-GRPO
 
 Its dimensions are UniGenBench's: Attribute - Shape, - Color and - Quantity, Entity Layout - Two-Dimensional Space where the
 prompt names a side, and Grammar - Consistency where it asks for several things: all of them have one colour and one shape.
@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from gruppo.benchmarks.unigenbench import Checks, Item, Point, Question
+from gruppo.graders.images import ImageScore
+from gruppo.graders.judge import Margin, WinRate
 from gruppo.types import GruppoError, Task
 from gruppo.worlds.glyphs import ANYWHERE, COLOURS, COUNTS, GLYPHS, PLURALS, POSITIONS, SHAPES, Seen, look, stands, task_of
 
@@ -74,6 +76,10 @@ def glyph_score(images: Sequence[Any], prompts: Sequence[Any]) -> list[float]:
     items = [item_of(0, asked(str(prompt))) for prompt in prompts]
     checks = glyph_checker([Question(item, image) for item, image in zip(items, images)])
     return [sum(row) / len(row) for row in checks]
+
+
+preferred = WinRate(Margin(glyph_score))
+points = ImageScore(glyph_score, "points")  # measured, not trained: the mean win rate of a group is always 1/2
 
 
 def asked(prompt: str) -> Task:

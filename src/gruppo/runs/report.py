@@ -167,7 +167,8 @@ WORDS = {
     "abstained": "The grader could not grade the path (it crashed, timed out or does not apply). The path is left out.",
     "truncated": "The path was stopped by the length limit.",
     "off-policy": "The path was sampled under another prompt than the one that it is trained under.",
-    "fork": "The path shares its first tokens with another path of the group.",
+    "fork": "The path shares its first tokens or denoising steps with another path of the group. A step that several paths share "
+    "is coloured, and trained, in one of them; in a tree its advantage is that of everything below it.",
     "not trained": "Tokens that the model read but did not choose, or that another path trains; shown in grey.",
     "call": "The model asks a tool for something and stops; it reads the tool's answer, which trains nothing, and goes on.",
     "stratum": "The kind of path, such as its number of calls. A stratified advantage compares a path with its own kind first.",
