@@ -16,6 +16,8 @@ from tests.runs.small import Quiet, silent
 from gruppo.api import Run, evaluation_of
 from gruppo.policies.flow import FlowPolicy
 from gruppo.policies.reference import swapped
+from gruppo.recipes.golden_flow import Points
+from gruppo.runs.build import painting_policy
 from gruppo.runs.compare import compare
 from gruppo.runs.config import assemble
 from gruppo.runs.evaluate import evaluate
@@ -153,6 +155,20 @@ def test_a_window_goes_on_through_stages_of_its_recipe_and_is_resumed_there(tmp_
         assert windows(again) == windows(whole)
         for a, b in zip(whole.policy.parameters(), again.policy.parameters()):
             assert torch.equal(a, b)
+
+
+def test_checkpointing_reaches_the_network() -> None:
+    class Layers(torch.nn.Sequential):
+        again = False
+
+        def enable_gradient_checkpointing(self) -> None:
+            self.again = True
+
+    for asked in (False, True):
+        painter = Points()
+        painter.model = Layers(*painter.model.children())
+        config = assemble({**SMALL, "policy": {**SMALL["policy"], "gradient_checkpointing": asked}})
+        assert painting_policy(config, painter, None).model.again == asked
 
 
 def test_checkpointing_that_a_network_does_not_have_is_refused(tmp_path: Path) -> None:
