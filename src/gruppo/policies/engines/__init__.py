@@ -10,7 +10,6 @@ a run with an engine reads every path again (`Reread`) and weighs its loss by ex
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -157,11 +156,11 @@ def weights_of(model: Any, *, merge: bool = False) -> dict[str, Tensor]:
 class Sampler:
     """A TokenPolicy whose completions another program samples. Everything but `sample` is the policy's own."""
 
-    OWN = ("trainer", "engine", "dtype", "merge", "handed", "counts", "most_gap", "sample")
+    OWN = ("trainer", "engine", "dtype", "merge", "handed", "most_gap", "sample")
 
     def __init__(self, trainer: Any, engine: Engine, *, dtype: torch.dtype | None = None, merge: bool = False) -> None:
         own: dict[str, Any] = {"trainer": trainer, "engine": engine, "dtype": dtype, "merge": merge}
-        own |= {"handed": {}, "counts": Counter(), "most_gap": MOST_GAP[dtype or torch.float32]}
+        own |= {"handed": {}, "most_gap": MOST_GAP[dtype or torch.float32]}
         for name, value in own.items():
             object.__setattr__(self, name, value)
 
@@ -206,6 +205,7 @@ class Sampler:
         ask = Ask([i.tolist() for i in ids], seeds, max_new, temperature, list(self.eos), tuple(stop), dict(self.handed))
         draws = self.engine.sample(ask)
         check(ask, draws, self.config.vocab_size)
+        self.trainer.counts["sampled"] += sum(len(d.ids) for d in draws)
         return [self._path(prompt, draw, temperature) for prompt, draw in zip(ids, draws)]
 
     def _path(self, prompt: Tensor, draw: Draw, temperature: float) -> Path:
@@ -216,7 +216,7 @@ class Sampler:
         elif not logp.isfinite().all():
             mask = logp.isfinite()  # a step whose probability the engine does not know trains nothing
             logp = logp.masked_fill(~mask, 0.0)
-            self.counts["steps the engine gave no finite log-prob"] += int((~mask).sum())
+            self.trainer.counts["not finite"] += int((~mask).sum())
         whole = steps[:-1] if int(steps[-1]) in self.eos else steps
         return Path(prompt, steps, logp, mask, self.trainer.decode(whole), truncated=not draw.ended)
 
