@@ -293,7 +293,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path
             deadline = time.monotonic() + 300
             while process.poll() is None and time.monotonic() < deadline:
                 try:
-                    Remote(f"http://127.0.0.1:{port}", timeout=5)
+                    Remote(f"http://127.0.0.1:{port}", timeout=5.0)
                 except GruppoError:
                     time.sleep(1)
                 else:
