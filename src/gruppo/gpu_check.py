@@ -66,7 +66,7 @@ class Clipped:
         return -torch.minimum(ratio * batch.advantage, ratio.clamp(0.8, 1.2) * batch.advantage), {}
 
 
-def uncalled(*_: Any) -> Any:
+def uncalled(*_: Any, **__: Any) -> Any:
     raise GruppoError("the checks bring their own paths and advantages")
 
 
@@ -96,7 +96,8 @@ def network(size: str, dtype: torch.dtype, device: str) -> Any:
     marks: dict[str, Any] = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": None, "tie_word_embeddings": True}
     torch.manual_seed(0)
     config = Qwen3Config(**shape, **rest, **marks)  # pyright: ignore[reportArgumentType]
-    return Qwen3ForCausalLM(config).to(device=device, dtype=dtype).eval()
+    model: Any = Qwen3ForCausalLM(config)
+    return model.to(device=device, dtype=dtype).eval()
 
 
 def policy_of(model: Any, form: Any = None) -> Any:
