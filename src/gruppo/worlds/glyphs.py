@@ -431,15 +431,22 @@ GLYPHS = PictureWorld(
     verify=(Verifier(),),
     # Where no picture of a prompt is right the parts still tell better from worse; without `plain` the ground drifts until
     # nothing is right any more, and then nothing says why.
-    weights={"correct": 1.0, "shape": 0.1, "colour": 0.1, "count": 0.1, "position": 0.1, "plain": 0.5},
+    weights={"correct": 1.0, "shape": 0.3, "colour": 0.1, "count": 0.2, "position": 0.1, "plain": 2.0},
     base=Path(__file__).parent / "glyphs_base",
     config=GlyphConfig(words=WORDS),
     course=Training(steps=1900),
     defaults={
         "policy": {"denoising_steps": 8},
-        "fit": {"steps": 45, "prompts_per_step": 6, "paths_per_prompt": 16, "learning_rate": 1.5e-4},
+        "fit": {
+            "steps": 80,
+            "prompts_per_step": 6,
+            "paths_per_prompt": 16,
+            "learning_rate": 4e-4,
+            "warmup_steps": 5,
+            "decay_to": 0.1,
+        },
         "eval": {"tasks": 40, "samples": 4, "greedy": False},
         # Noise of the last step would stay on the picture, where the verifier sees it; the first half of the steps decides.
-        "recipe_args": {"beta": 0.0, "last": False, "share": 0.5, "clip": 1e-3},
+        "recipe_args": {"beta": 0.0, "last": False, "share": 0.5, "clip": 1e-3, "updates": 1},
     },
 )
