@@ -19,6 +19,7 @@ class Asked:
         self.headers: list[dict[str, str]] = []
         self.paths: list[str] = []
         self.open, self.most, self.lock = 0, 0, threading.Lock()
+        self.company = threading.Event()  # two questions have stood open at once
 
 
 Respond = Callable[[Any, int], tuple[int, Any]]  # (body, how many came before) -> (status, JSON or bytes)
@@ -39,8 +40,11 @@ def running(server: ThreadingHTTPServer) -> Iterator[str]:
 
 
 @contextmanager
-def answering(respond: Respond, delay: float = 0.0) -> Iterator[tuple[str, Asked]]:
-    """A server that answers as told: (its address, what it was asked)."""
+def answering(respond: Respond, delay: float = 0.0, *, company: bool = False) -> Iterator[tuple[str, Asked]]:
+    """A server that answers as told: (its address, what it was asked).
+
+    With `company` the first answer waits for a second question: on a busy machine two askers may start a second apart.
+    """
     seen = Asked()
 
     class Handler(BaseHTTPRequestHandler):
@@ -53,6 +57,10 @@ def answering(respond: Respond, delay: float = 0.0) -> Iterator[tuple[str, Asked
                 seen.paths.append(self.path)
                 seen.open += 1
                 seen.most = max(seen.most, seen.open)
+                if seen.most > 1:
+                    seen.company.set()
+            if company:
+                seen.company.wait(4)  # within the askers' patience
             time.sleep(delay)
             status, said = respond(body, before)
             data = said if isinstance(said, bytes) else json.dumps(said).encode()

@@ -60,7 +60,7 @@ def test_png_is_exact_and_jpeg_is_small() -> None:
 
 
 def test_requests_run_at_the_same_time() -> None:
-    with answering(widths, delay=0.1) as (url, seen):
+    with answering(widths, company=True) as (url, seen):
         HttpScorer(url, batch=1, workers=4, patience=QUICK)([picture()] * 8, [""] * 8)
     assert 2 <= seen.most <= 4
 

@@ -227,7 +227,7 @@ def small_first(body: Any, before: int) -> tuple[int, Any]:
 
 
 def test_the_vision_judge_asks_an_openai_endpoint() -> None:
-    with answering(small_first, delay=0.02) as (url, seen):
+    with answering(small_first, company=True) as (url, seen):
         judge = VisionJudge(Chat(url + "/v1", "judge", key="secret", patience=QUICK, workers=4))
         found = rates(judge, [noise(), picture(), noise(16)])
     assert found == [0.0, 1.0, 0.5]
