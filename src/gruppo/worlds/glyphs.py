@@ -441,7 +441,7 @@ GLYPHS = PictureWorld(
             "steps": 80,
             "prompts_per_step": 6,
             "paths_per_prompt": 16,
-            "learning_rate": 4e-4,
+            "learning_rate": 2e-4,
             "warmup_steps": 5,
             "decay_to": 0.1,
         },
