@@ -347,6 +347,24 @@ def test_mix_trains_34_of_218_transitions() -> None:
     assert set(difference(wide, branch_grpo_mix())) == {"rollout", "loss"}
 
 
+def test_the_window_of_mix_moves_where_that_is_asked() -> None:
+    """As MixGRPO's: by `stride` every `tau` iterations, up to the last steps that may be noisy; the splits stay noisy."""
+    made = branch_grpo_mix(8, splits=[0, 1, 2], begin=2, window=2, tau=2, stride=3)
+    policy = tiny_flow(steps=10)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.01)
+    rng, seen = torch.Generator().manual_seed(0), []
+    for _ in range(8):
+        (group,) = iterate(policy, [task(0)], flow_grading(), made, optimizer, rng).groups
+        seen.append(group.mask.any(0).nonzero()[:, 0].tolist())
+    assert seen[0::2] == seen[1::2] == [[0, 1, 2, 3], [0, 1, 2, 5, 6], [0, 1, 2, 7, 8], [0, 1, 2, 7, 8]]  # 9 draws nothing
+    still = branch_grpo_mix(8, splits=[0, 1, 2], begin=2, window=2)
+    assert still.state == ()
+    assert still.rollout.noisy(10, rng) == [0, 1, 2, 3]  # type: ignore[attr-defined]
+    copy = pickle.loads(pickle.dumps(made))
+    assert copy.rollout.noisy.moving is copy.state[0]
+    assert copy.rollout.noisy(10, rng) == [0, 1, 2, 7, 8]
+
+
 def test_what_it_changes() -> None:
     made = recipe("branch-grpo")
     assert set(difference(made, recipe("flow-grpo", clip=1e-3, beta=0.0))) == {"rollout", "advantage", "reduce", "across"}
@@ -379,6 +397,12 @@ def test_leaves_and_splits_must_fit() -> None:
     for begin, window in ((-1, 4), (0, 0)):
         with pytest.raises(GruppoError, match=f"begins at {begin} and has {window} steps"):
             branch_grpo_mix(begin=begin, window=window)
+    with pytest.raises(GruppoError, match="is to move by 2 steps, but nothing says when"):
+        branch_grpo_mix(stride=2)
+    with pytest.raises(GruppoError, match="is to stay 0 iterations at every start"):
+        branch_grpo_mix(tau=0)
+    with pytest.raises(GruppoError, match="begins at 12, but the grid has only the steps 0 to 9"):
+        grown(branch_grpo_mix(begin=12, tau=3).rollout, 10)  # type: ignore[arg-type]
     with pytest.raises(GruppoError, match="begins at 12, but the grid has only the steps 0 to 9"):
         grown(branch_grpo_mix(begin=12).rollout, 10)  # type: ignore[arg-type]
     with pytest.raises(GruppoError, match="is to split 4 times, but a grid of 4 steps has room for 3"):

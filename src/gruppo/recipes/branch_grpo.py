@@ -21,7 +21,7 @@ judged among itself, so that early steps hear of all the leaves below them.
 | picture | x0_hat of the last call | not known to us | the same |
 | width pruning | `parent_top1`, `extremes`, `first_half` | the first two | the last two |
 | depth pruning | a window that moves up | the same | the same, or a list |
-| Mix | window where it is put, steps 0 to 3 | not known to us | steps 0 to 3 (1) |
+| Mix | window where it is put, steps 0 to 3; `tau`: it moves as MixGRPO's | not known to us | steps 0 to 3 (1) |
 | optimizer step | one per batch | not known to us | every 12 transitions, shuffled |
 
 `Scaled` draws a split's noise s times as wide as its log-probability assumes. `by_edges` is the softmax over the logarithms of
@@ -30,7 +30,8 @@ picture does not show the last step's noise, so training that step adds noise to
 split a leaf's transitions all have one advantage; `first_half`, which keeps the earlier half of each chain and goes there by
 the name of keeping the best half, drops depths whatever the rewards are. Depth pruning leaves out `depth` depths, at first the
 last ones, one further up every `every` iterations, until it begins at the last split. (1) with the script's stride of 30; with
-the default of 1 every step is noisy and Mix changes nothing.
+the default of 1 every step is noisy and Mix changes nothing; it never moves with the iterations. With `tau` it does here, by
+`stride` steps every `tau` iterations, and stops before the last step.
 
 Hyper-parameters: n 16 from splits 0, 3, 6, 9 in two, 20 steps with shift 3, eta .3, s 4, clip 1e-3, lr 1e-5 (FLUX.1-dev). On a
 grid too short for every third step the splits move together. Which split noise the paper's runs had is not known to us.
@@ -63,6 +64,7 @@ from gruppo.recipe import Recipe
 from gruppo.recipes.flow_grpo import Clamped, flow_grpo
 from gruppo.rollouts.trajectories import but_last
 from gruppo.rollouts.tree import CORRELATED, AtSplits, EveryThird, Splits, Tree
+from gruppo.rollouts.window import Constant, Place, Window
 from gruppo.types import Group, GruppoError
 
 Fusion = Callable[[Tensor, Tensor, Tensor], Tensor]  # edges [G, T], logp [G, T], reward [G] -> values of children [G, T]
@@ -292,7 +294,20 @@ def branch_grpo(
 
 
 def branch_grpo_mix(
-    n: int = 16, splits: Sequence[int] | None = None, begin: int = 0, window: int = 4, eta: float = 0.3, clip: float = 1e-3
+    n: int = 16,
+    splits: Sequence[int] | None = None,
+    begin: int = 0,
+    window: int = 4,
+    eta: float = 0.3,
+    clip: float = 1e-3,
+    tau: int | None = None,
+    stride: int = 1,
 ) -> Recipe:
     """BranchGRPO with noise at the splits and in a window of steps only."""
-    return branch_grpo(n, splits, eta=eta, clip=clip, noisy=AtSplits(splitting(splits, n, 2), begin, window))
+    if tau is None and stride != 1:
+        raise GruppoError(f"the window is to move by {stride} steps, but nothing says when: give tau, in iterations")
+    at = AtSplits(splitting(splits, n, 2), begin, window)
+    moving = None if tau is None else Window(window, Constant(tau), stride, spare=1, place=Place(begin))
+    at = replace(at, moving=moving)
+    base = branch_grpo(n, splits, eta=eta, clip=clip, noisy=at)
+    return base if moving is None else replace(base, state=(moving,))

@@ -20,6 +20,7 @@ from gruppo.core.tree import owners
 from gruppo.policies.flow import Course
 from gruppo.policies.kernels import DanceSDE, Kernel, over
 from gruppo.rollouts.trajectories import Noisy, but_last
+from gruppo.rollouts.window import Window
 from gruppo.types import Grade, Group, GruppoError, Path, Task
 
 SplitNoise = Callable[[int, int, Sequence[int], torch.Generator], Tensor]  # nodes, children, shape -> [nodes, children, ...]
@@ -94,11 +95,15 @@ def placed(splits: Splits, T: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class AtSplits:
-    """Noise at the splits and in a window of steps, none elsewhere (BranchGRPO-Mix)."""
+    """Noise at the splits and in a window of steps, none elsewhere (BranchGRPO-Mix).
+
+    The window stands at `begin`, or is the `moving` one, which a recipe tells of each iteration.
+    """
 
     splits: Splits
     begin: int = 0
     width: int = 4
+    moving: Window | None = None
 
     def __post_init__(self) -> None:
         if self.begin < 0 or self.width < 1:
@@ -107,7 +112,8 @@ class AtSplits:
     def __call__(self, T: int, g: torch.Generator) -> list[int]:
         if self.begin >= T:
             raise GruppoError(f"the window of noisy steps begins at {self.begin}, but the grid has only the steps 0 to {T - 1}")
-        return sorted({*placed(self.splits, T), *range(self.begin, min(self.begin + self.width, T))})
+        window = range(self.begin, min(self.begin + self.width, T)) if self.moving is None else self.moving(T, g)
+        return sorted({*placed(self.splits, T), *window})
 
 
 @dataclass(frozen=True)

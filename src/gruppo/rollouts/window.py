@@ -21,6 +21,10 @@ class Constant:
 
     tau: int = 25
 
+    def __post_init__(self) -> None:
+        if self.tau < 1:
+            raise GruppoError(f"the window is to stay {self.tau} iterations at every start; it stays at least 1")
+
     def __call__(self, start: int, bound: int) -> int:
         return self.tau
 
