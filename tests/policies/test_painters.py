@@ -18,7 +18,7 @@ from gruppo.core.collate import collate
 from gruppo.policies.flow import CFG, Course, FlowPolicy
 from gruppo.policies.kernels import CPS, DDIM, DPMSolver2M, FlowSDE, Kernel
 from gruppo.policies.load import lora_config, with_adapter
-from gruppo.policies.painters import PAINTERS, load_painter
+from gruppo.policies.painters import PAINTERS, load_painter, on_the_hub
 from gruppo.policies.painters.flux import FluxPainter
 from gruppo.policies.painters.sd3 import SD3Painter
 from gruppo.policies.painters.wan import WanPainter
@@ -510,6 +510,68 @@ def test_what_a_pipeline_cannot_paint_is_refused(folders: dict[str, FilePath]) -
     each.register_to_config(expand_timesteps=True)
     with pytest.raises(GruppoError, match="every token its own timestep"):
         painter_of("wan", each)
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        ({"transformer_2": ["diffusers", "WanTransformer3DModel"], "boundary_ratio": 0.875}, "two networks"),
+        ({"transformer_2": [None, None], "expand_timesteps": True}, "every token its own timestep"),
+    ],
+)
+def test_wan_2_2_is_refused_before_its_weights_are_read(
+    index: dict[str, Any], sentence: str, tmp_path: FilePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"], **index}
+    (tmp_path / "model_index.json").write_text(json.dumps(told))  # and no weights beside it
+    with pytest.raises(GruppoError, match=sentence):
+        load_painter(tmp_path)
+    monkeypatch.setattr("gruppo.policies.painters.pipeline.index_of", lambda source: told)
+    monkeypatch.setattr("gruppo.policies.painters.wan.index_of", lambda source: told)
+    with pytest.raises(GruppoError, match=sentence):
+        load_painter("somebody/wan-2.2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "StableDiffusionXLPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionInstructPix2PixPipeline",
+        "FluxKontextPipeline",
+        "FluxFillPipeline",
+        "Flux2Pipeline",
+        "QwenImageEditPipeline",
+        "QwenImageEditPlusPipeline",
+        "WanImageToVideoPipeline",
+    ],
+)
+def test_kin_of_the_pipelines_are_refused_by_their_own_name(name: str, tmp_path: FilePath) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
+    with pytest.raises(GruppoError, match=f"names the pipeline '{name}', for which there is no painter"):
+        load_painter(tmp_path)
+
+
+def test_a_pipeline_on_the_hub_is_told_from_a_text_model(monkeypatch: pytest.MonkeyPatch, tmp_path: FilePath) -> None:
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    asked: list[tuple[str, str]] = []
+
+    def download(source: str, name: str) -> str:
+        asked.append((source, name))
+        if source != "somebody/some-pipeline":
+            raise LocalEntryNotFoundError("neither there nor kept")
+        return "model_index.json"
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert on_the_hub("somebody/some-pipeline")
+    assert not on_the_hub("somebody/some-words")
+    assert asked == [(f"somebody/some-{kind}", "model_index.json") for kind in ("pipeline", "words")]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "folder").mkdir(parents=True)
+    assert not any(map(on_the_hub, ("a/folder", "./nowhere", "~/nowhere", "word", "a/b/c", None, tmp_path)))
+    assert len(asked) == 2
 
 
 def test_sources_without_a_painter_are_refused_with_a_sentence(tmp_path: FilePath) -> None:

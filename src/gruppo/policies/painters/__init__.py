@@ -111,6 +111,19 @@ def load_painter(
     return _loader(named_on_the_hub(str(source)), f"{source} on the hub is a")(str(source), asked)
 
 
+def on_the_hub(source: Any) -> bool:
+    """Whether this is the id of a pipeline on the hub, or of one that was downloaded from it."""
+    if not isinstance(source, str) or source.count("/") != 1 or source.startswith((".", "/", "~")) or Path(source).exists():
+        return False
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(source, "model_index.json")
+    except (OSError, ValueError):  # no such file there, no such id, or nobody to ask: whoever loads it says which
+        return False
+    return True
+
+
 def _loader(name: Any, told: str) -> Load:
     if name not in PAINTERS:
         raise GruppoError(

@@ -217,15 +217,20 @@ def told_dtype(dtype: Any) -> dict[str, Any]:
 def named_on_the_hub(source: str) -> Any:
     """The class of the pipeline that the hub holds under this id."""
     try:
-        import diffusers
+        return index_of(source).get("_class_name")
     except ModuleNotFoundError as error:
         raise GruppoError(f"{source} is no folder here, and to ask the hub: pip install gruppo[images]") from error
-    try:
-        kind: Any = diffusers.DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
-        return kind.load_config(source).get("_class_name")
     except (OSError, ValueError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise GruppoError(f"cannot load {source!r} from the hub, and there is no folder of that name here: {reason}") from error
+
+
+def index_of(source: Any) -> dict[str, Any]:
+    """The model_index.json of a folder or a hub id."""
+    import diffusers
+
+    kind: Any = diffusers.DiffusionPipeline  # pyright: ignore[reportPrivateImportUsage]
+    return kind.load_config(str(source))
 
 
 def padded(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:

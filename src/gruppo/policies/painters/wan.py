@@ -6,12 +6,14 @@ back at two predictions, so pictures of few steps differ from the pipeline's. A 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
 
 from gruppo.policies.painters import Asked
-from gruppo.policies.painters.pipeline import PipelinePainter
+from gruppo.policies.painters.pipeline import PipelinePainter, index_of
 from gruppo.policies.painters.qwen import spread
 from gruppo.types import GruppoError
 
@@ -28,13 +30,16 @@ class WanPainter(PipelinePainter):
     length: ClassVar[int] = 81  # frames when none are asked
 
     def __init__(self, pipeline: Any, asked: Asked) -> None:
-        if pipeline.transformer is None or pipeline.transformer_2 is not None:
-            raise GruppoError("this Wan has two networks, one for high and one for low noise; there is a painter for one")
-        if pipeline.config.expand_timesteps:
-            raise GruppoError("this Wan tells every token its own timestep (text-image-to-video); there is no painter for that")
+        refused(pipeline.config)
         super().__init__(pipeline, asked)
         # UniPC tells the network whole timesteps, the Euler scheduler broken ones
         self.whole = not self.scheduler_for(2).timesteps.is_floating_point()
+
+    @classmethod
+    def load(cls, source: Any, asked: Asked) -> PipelinePainter:
+        if isinstance(source, (str, Path)):
+            refused(index_of(source))
+        return super().load(source, asked)
 
     @property
     def factor(self) -> int:
@@ -71,3 +76,12 @@ class WanPainter(PipelinePainter):
         vae = self.pipeline.vae
         video = vae.decode(spread(vae, x), return_dict=False)[0]
         return self.pipeline.video_processor.postprocess_video(video, output_type="pil")
+
+
+def refused(config: Mapping[str, Any]) -> None:
+    """A sentence for the networks of Wan 2.2; the index says enough, and nothing large is loaded before it is read."""
+    has = {name: (config.get(name) or (None, None))[1] is not None for name in ("transformer", "transformer_2")}
+    if has["transformer_2"] or not has["transformer"]:
+        raise GruppoError("this Wan has two networks, one for high and one for low noise; there is a painter for one")
+    if config.get("expand_timesteps"):
+        raise GruppoError("this Wan tells every token its own timestep (text-image-to-video); there is no painter for that")
