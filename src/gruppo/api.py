@@ -14,13 +14,17 @@ import torch
 from gruppo.graders.sources import load as load_source
 from gruppo.policies.flow import FlowPolicy
 from gruppo.recipe import Recipe
-from gruppo.runs import data as tasks_of
-from gruppo.runs.build import build_policy, world_of
+from gruppo.runs.build import build_policy
 from gruppo.runs.config import RunConfig, assemble, read
+from gruppo.runs.data import load_data
 from gruppo.runs.evaluate import Evaluation, Metric, evaluate
-from gruppo.runs.folder import RunFolder
-from gruppo.runs.session import AVERAGE_FOLDER, Given, Session, grading_of, metrics_of, resolve
-from gruppo.types import GruppoError, Task
+from gruppo.runs.folder import AVERAGE_FOLDER, RunFolder
+from gruppo.runs.given import Given
+from gruppo.runs.grading import grading_of, metrics_of
+from gruppo.runs.resolve import resolve
+from gruppo.runs.session import Session
+from gruppo.runs.tasks import held_out_tasks
+from gruppo.types import GruppoError
 
 
 @dataclass
@@ -50,7 +54,7 @@ class Run:
 
     def evaluate(self, data: Any = None, *, samples: int = 4, greedy: bool = True, metrics: Sequence[Metric] = ()) -> Evaluation:
         """The trained model, or its moving average where the run keeps one, on held-out tasks or on data of your own."""
-        tasks = self.session.held_out if data is None else tasks_of.load_data(data)
+        tasks = self.session.held_out if data is None else load_data(data)
         if not tasks:
             raise GruppoError("this run holds nothing out; pass data to evaluate on")
         rng = torch.Generator().manual_seed(self.session.config.fit.seed)
@@ -264,13 +268,3 @@ def evaluation_of(
         by=own.by,
         metrics=metrics_of(config, scorers),
     )
-
-
-def held_out_tasks(config: RunConfig, *, whole: bool) -> list[Task]:
-    """The tasks that a run of this description holds out; every row when the data was named for this purpose."""
-    if config.eval.data:
-        return tasks_of.load_data(config.eval.data)
-    if config.data is not None:
-        rows = tasks_of.only(tasks_of.load_data(config.data), config.only)
-        return rows if whole else tasks_of.split(rows, config.eval.share, config.eval.tasks)[1]
-    return world_of(config).held_out(max(config.eval.tasks, 1))

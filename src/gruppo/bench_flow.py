@@ -22,7 +22,7 @@ from gruppo.policies.painters import load_painter
 from gruppo.recipe import Recipe
 from gruppo.recipes import recipe
 from gruppo.recipes.branch_grpo import extremes
-from gruppo.runs.folder import whole
+from gruppo.runs.disk import whole
 from gruppo.train import iterate
 from gruppo.types import Group, GruppoError
 from gruppo.worlds import WORLDS

@@ -224,7 +224,7 @@ def stopped_at_once(session: Any) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from gruppo.runs.session import Interrupted
+        from gruppo.runs.interrupt import Interrupted
 
         raise Interrupted(f"stopped at once; gruppo resume {session.folder.path} goes on from the last checkpoint", 130) from None
 

@@ -28,9 +28,9 @@ from gruppo.policies.reference import snapshot, swapped
 from gruppo.policies.token import TokenPolicy
 from gruppo.recipes import recipe
 from gruppo.rollouts import Reread
-from gruppo.runs.build import for_engine
 from gruppo.runs.config import assemble, merge
 from gruppo.runs.session import Session
+from gruppo.runs.stages import for_engine
 from gruppo.types import GruppoError
 
 LORA = lora_config(4, 8.0, "all-linear")

@@ -22,7 +22,8 @@ from gruppo.rollouts.conversation import talked
 from gruppo.rollouts.stored import offline, read_groups
 from gruppo.runs.config import assemble, merge, validate
 from gruppo.runs.folder import RunFolder
-from gruppo.runs.session import Given, Session
+from gruppo.runs.given import Given
+from gruppo.runs.session import Session
 from gruppo.types import Group, GruppoError, Path, Task
 
 
@@ -209,7 +210,7 @@ def test_a_run_on_stored_groups_never_samples_and_its_ratios_are_real(tmp_path: 
     assert all(abs(r["ratio"] - 1) > 1e-4 for r in records)
     assert run.facts()["stored groups"] == "12 rows"
     first = read_groups([run.folder.path], run.policy)
-    every = {tuple(p.steps.tolist()): p.logp for g in run.buffer for p in g.paths}
+    every = {tuple(p.steps.tolist()): p.logp for g in run.tasks.stored for p in g.paths}
     for p in (p for g in first for p in g.paths):
         assert torch.equal(every[tuple(p.steps.tolist())], p.logp)  # of the policy that sampled, not of the one that trains
 

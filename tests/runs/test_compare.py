@@ -16,7 +16,7 @@ from tests.runs.small import files, silent, timeless
 from gruppo.rollouts.conversation import Talk, WithTools
 from gruppo.runs.compare import Plan, Watch, compare, differences, judge, named, own_settings, plan, write
 from gruppo.runs.folder import RunFolder
-from gruppo.runs.session import Interrupted
+from gruppo.runs.interrupt import Interrupted
 from gruppo.tools import tool
 from gruppo.types import GruppoError
 

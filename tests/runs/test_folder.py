@@ -13,7 +13,8 @@ from tests.runs.fabricate import conversations
 from tests.tiny import tiny_tokenizer
 
 from gruppo.runs import folder as module
-from gruppo.runs.folder import RunFolder, whole
+from gruppo.runs.disk import whole
+from gruppo.runs.folder import RunFolder
 from gruppo.types import Group, GruppoError, Task
 from gruppo.types import Path as Row
 

@@ -18,7 +18,9 @@ from gruppo.policies.reference import Average
 from gruppo.recipe import Recipe
 from gruppo.recipes import recipe
 from gruppo.runs.config import assemble, merge, read
-from gruppo.runs.session import Given, Interrupted, Session
+from gruppo.runs.given import Given
+from gruppo.runs.interrupt import Interrupted
+from gruppo.runs.session import Session
 from gruppo.types import Group, GruppoError
 
 ROOT = Path(__file__).parents[2]

@@ -18,8 +18,10 @@ from gruppo.recipe import Column, Signal
 from gruppo.recipes import recipe
 from gruppo.runs import session as sessions
 from gruppo.runs.config import merge, validate
-from gruppo.runs.evaluate import evaluate
-from gruppo.runs.session import Given, Session, headline, rate_of
+from gruppo.runs.evaluate import evaluate, headline
+from gruppo.runs.given import Given
+from gruppo.runs.session import Session
+from gruppo.runs.stages import rate_of
 from gruppo.types import GruppoError
 
 

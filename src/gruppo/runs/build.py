@@ -2,26 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gruppo.core.correct import Truncated
-from gruppo.policies.flow import CFG, Course, FlowPolicy, Painter
+from gruppo.policies.flow import CFG, FlowPolicy, Painter
 from gruppo.policies.load import load_model, load_tokenizer, lora_config, with_adapter
 from gruppo.policies.token import TokenPolicy
-from gruppo.recipe import Recipe
 from gruppo.recipes import find
-from gruppo.recipes.corrected import corrected
-from gruppo.rollouts import Reread
 from gruppo.runs.config import RunConfig
-from gruppo.types import GruppoError, Task
-from gruppo.types import Path as SampledPath
+from gruppo.types import GruppoError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-MOST_GAP = 0.01  # nats between sampler and trainer in float32; 1e-6 is usual, a wrong position or temperature gives 0.1 and more
 DENOISING_STEPS = 10  # of training, where neither the run nor its world says so (Flow-GRPO's number)
 LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # the attention of diffusers' networks
 
@@ -111,16 +104,6 @@ def with_engine(policy: TokenPolicy, config: RunConfig) -> Any:
     return Sampler(policy, made, dtype=DTYPES[dtype], merge=engine.merge)
 
 
-def for_engine(recipe: Recipe, config: RunConfig) -> Recipe:
-    """The recipe as it must be where another program samples: every path read again by the trainer, the loss weighed."""
-    engine = config.policy.engine
-    if engine is None or isinstance(recipe.rollout, Reread):  # a recipe that reads again has its own correction
-        return recipe
-    if engine.correction is None:
-        return replace(recipe, rollout=Reread(recipe.rollout))
-    return corrected(recipe, Truncated(engine.correction))
-
-
 def _fits(config: RunConfig, family: str) -> None:
     """A sentence when the recipe is made for another kind of model."""
     if config.recipe.endswith(".pickle"):
@@ -172,29 +155,3 @@ def painting_policy(config: RunConfig, model: Any, peft_config: Any) -> FlowPoli
         rows=own.sample_rows,
         autocast=torch.bfloat16 if own.autocast else None,
     )
-
-
-def probe(policy: Any, task: Task, g: torch.Generator) -> list[SampledPath]:
-    """Two short paths, as training would sample them, to be graded and read again before step 0."""
-    if not isinstance(policy, FlowPolicy):
-        return policy.sample([task.prompt] * 2, g=g, max_new=min(32, policy.max_new))
-    sigmas = policy.sigmas
-    course = Course.of(task.prompt, sigmas, policy.kernel)
-    done = policy.walk(policy.noise(2, g), [course], 0, len(course), g=g, counted="probed")
-    logp = done.logp.cpu()
-    images = policy.decode(done.last)
-    return [SampledPath(course, done.x[i], logp[i], course.stochastic, images[i]) for i in range(2)]
-
-
-def agree(policy: Any, config: RunConfig, paths: list[SampledPath]) -> None:
-    """Sampler and trainer must say the same about the same steps; in float32 there is no excuse."""
-    if config.policy.dtype != "float32" or config.policy.autocast:
-        return
-    most = getattr(policy, "most_gap", MOST_GAP)  # more where the sampler is another program
-    read = policy.score(paths)
-    gap = max((float((p.logp - now)[p.mask].abs().max()) for p, now in zip(paths, read) if p.mask.any()), default=0.0)
-    if not gap < most:
-        raise GruppoError(
-            f"the sampler's and the trainer's log-probabilities of the same steps differ by {gap:.3g} before step 0 (in "
-            f"float32 at most {most}), so every ratio would be wrong; `gruppo doctor --model ...` looks closer"
-        )

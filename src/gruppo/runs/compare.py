@@ -30,10 +30,15 @@ from gruppo.policies.flow import FlowPolicy
 from gruppo.recipes import RECIPES, find
 from gruppo.runs.build import DENOISING_STEPS, paints
 from gruppo.runs.config import RunConfig, assemble, merge, parse, read, validate
-from gruppo.runs.folder import RunFolder, disk
+from gruppo.runs.disk import disk
+from gruppo.runs.folder import RunFolder
+from gruppo.runs.given import Given
+from gruppo.runs.interrupt import Interrupted
 from gruppo.runs.report import versions, write_report
-from gruppo.runs.session import Given, Interrupted, Session, absolute, absolute_reward, recipe_of
+from gruppo.runs.resolve import absolute, absolute_reward
+from gruppo.runs.session import Session
 from gruppo.runs.show import duration, is_share, label, settings_rows
+from gruppo.runs.stages import recipe_of
 from gruppo.types import GruppoError
 
 TEMPLATE = Path(__file__).with_name("compare.html.j2")

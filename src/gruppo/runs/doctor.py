@@ -109,7 +109,8 @@ def _painting(planned: Any, source: Any, prompts: Sequence[Any] | None) -> Repor
     """The report on a painter, under Flow-GRPO as its world would train it."""
     from gruppo.runs.build import painting_policy
     from gruppo.runs.config import assemble
-    from gruppo.runs.session import Given, recipe_of
+    from gruppo.runs.given import Given
+    from gruppo.runs.stages import recipe_of
 
     if planned.world is not None:
         planned = assemble({"world": planned.world, "recipe": "flow-grpo"})

@@ -158,6 +158,14 @@ def _scores(groups: list[Group], greedy_groups: list[Group]) -> dict[str, Score]
     return out
 
 
+def headline(found: Evaluation) -> tuple[str, float]:
+    """The score by which checkpoints are compared: sampled accuracy, else greedy accuracy, else the mean reward."""
+    for name in (*(n for n in found.scores if n.startswith("mean@")), "greedy", "reward", "greedy_reward"):
+        if name in found.scores:
+            return name, found.scores[name].value
+    return "none", math.nan
+
+
 def pass_at(k: int, n: int, correct: int) -> float:
     """1 - C(n - c, k) / C(n, k): the chance that k of the n paths, drawn without replacement, hold a correct one."""
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from gruppo.runs.folder import plain, problem, signal, whole
+from gruppo.runs.completions import plain, problem, signal
 from gruppo.runs.measure import finite, pictures
-from gruppo.types import Group
-from gruppo.types import Path as SampledPath
+from gruppo.types import Group, Path
 
 LARGEST = 512  # pixels of a stored picture's longer side; a run keeps thousands of them
-
-
-def save_pictures(file: Path, step: int, groups: list[Group]) -> Path:
-    """One row per path, with what was painted, its reward, and the advantage of every denoising step."""
-    import pyarrow.parquet
-
-    with whole(file) as temporary:
-        pyarrow.parquet.write_table(table(step, groups), temporary, compression="zstd")
-    return file
 
 
 def table(step: int, groups: list[Group]) -> Any:
@@ -81,7 +70,7 @@ def row_of(step: int, n: int, group: Group, i: int) -> dict[str, Any]:
     }
 
 
-def said(path: SampledPath) -> str:
+def said(path: Path) -> str:
     """The output in words, where a table of text has the completion."""
     found = pictures(path.output)
     return f"{len(found)} pictures" if len(found) > 1 else "" if found else json.dumps(path.output, default=str)
