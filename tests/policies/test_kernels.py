@@ -148,6 +148,15 @@ def test_ddim() -> None:
     near(logp, -0.3496442371)
 
 
+def test_eta_of_ddim_scales_the_deviation() -> None:
+    """var = .3/.5 (1 - .5/.7); sd = eta sqrt(var), and what sd takes from the direction to the noise depends on it."""
+    e = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
+    mean, sd, _, _ = step(DDIM(0.5), [math.sqrt(0.5), math.sqrt(0.3)], 0, v=e)
+    near(sd, 0.5 * 0.4140393356)
+    clean, rest = torch.tensor([0.4071067812, -1.2142135624]), math.sqrt(0.3 - 0.25 * 0.1714285714)
+    near(mean, *(math.sqrt(0.7) * clean + rest * torch.tensor([0.3, -0.2])).tolist(), atol=1e-6)
+
+
 def test_ddim_on_the_first_and_last_step_of_stable_diffusion() -> None:
     e = torch.tensor([[0.3, -0.2]], dtype=torch.float64)
     first = [math.sqrt(1 - 0.0057755001), math.sqrt(1 - 0.0072817271)]
