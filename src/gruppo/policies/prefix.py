@@ -436,7 +436,7 @@ def _core(q: Tensor, k: Tensor, v: Tensor, keep: Tensor | None, scale: float, ca
         keep = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril()
     score = torch.tanh(q @ k.transpose(-1, -2) * scale / cap) * cap
     score = score.masked_fill(~keep, torch.finfo(score.dtype).min)
-    return score.softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+    return score.softmax(-1, dtype=torch.promote_types(score.dtype, torch.float32)).to(q.dtype) @ v
 
 
 def _two(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None, cap: float | None) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gruppo.core.collate import blocks
-from gruppo.policies import prefix
-from gruppo.policies.decode import Rows, refilling_pays
+from gruppo.policies import lean, prefix
+from gruppo.policies.decode import refilling_pays
 from gruppo.policies.load import restore, save
 from gruppo.types import Batch, GruppoError, Path, Reference, Scope, Steps
 
@@ -45,6 +45,7 @@ class TokenPolicy:
         sample_tokens: int | None = None,  # bounds it in tokens, too: rows times what the longest of them may reach
         head_elements: int = 2**24,  # logits formed at once: positions x vocabulary
         sharing: prefix.Rates | None = prefix.MEASURED,  # when computing shared prefixes once pays; None: never
+        lean: bool = True,  # decode in few operations where that is known to be exact; False: always the model's own forward
     ) -> None:
         if not temperature > 0:
             raise GruppoError(
@@ -54,6 +55,8 @@ class TokenPolicy:
         self.temperature, self.max_new = temperature, max_new
         self.autocast, self.checkpointing, self.entropy = autocast, checkpointing, entropy
         self.sample_rows, self.sample_tokens, self.head_elements = sample_rows, sample_tokens, head_elements
+        self.lean = lean
+        self.lean_agrees: bool | None = None  # with the model's own forward; None: not compared yet
         self.counts: Counter[str] = Counter()
         self.config = model.config.get_text_config()
         self.eos = eos_ids(model, tokenizer)
@@ -169,7 +172,8 @@ class TokenPolicy:
             which = [unique.setdefault(tuple(p.tolist()), len(unique)) for p in prompts]
             order.sort(key=which.__getitem__)
         waiting = deque(order)
-        rows = Rows(self, refills=most < n and refilling_pays(self, most, n, max_new))
+        through = sum({tuple(p.tolist()): len(p) for p in prompts}.values()) + n * max_new
+        rows = lean.rows(self, most < n and refilling_pays(self, most, n, max_new), through)
         here = torch.empty(0, dtype=torch.long, device=device)  # which path each row of the cache is
         token, alive = here, here.bool()  # its last token, and whether it still decodes
         left, asked = 0, -1  # rows alive, and how many were when room was last looked for
@@ -271,10 +275,10 @@ class TokenPolicy:
             value, entropy = self.head.read(
                 hidden, ids[row, before[row] + t + 1], self.temperature, self.head_elements, self.entropy
             )
-        logp = torch.zeros(where.shape, device=device).index_put((row, t), value)
+        logp = value.new_zeros(where.shape).index_put((row, t), value)
         if entropy is None:
             return logp, None
-        return logp, torch.zeros(where.shape, device=device).index_put((row, t), entropy)
+        return logp, entropy.new_zeros(where.shape).index_put((row, t), entropy)
 
     def _read_shared(self, plan: prefix.Plan, where: Tensor) -> tuple[Tensor, Tensor | None]:
         """One packed row in which every shared token stands once."""
@@ -284,10 +288,10 @@ class TokenPolicy:
             hidden = self.head.hidden(plan.ids[None].to(device), plan.position[None].to(device), plan.layout)[0, at]
             value, entropy = self.head.read(hidden, target, self.temperature, self.head_elements, self.entropy)
         place = plan.row.to(device), plan.step.to(device)
-        logp = torch.zeros(where.shape, device=device).index_put(place, value[which])
+        logp = value.new_zeros(where.shape).index_put(place, value[which])
         if entropy is None:
             return logp, None
-        return logp, torch.zeros(where.shape, device=device).index_put(place, entropy[which])
+        return logp, entropy.new_zeros(where.shape).index_put(place, entropy[which])
 
     def _plan(self, prompts: list[Tensor], steps: list[Tensor], where: Tensor) -> prefix.Plan | None:
         """The packed forward of these rows, or None where the ordinary one costs no more."""
@@ -335,7 +339,7 @@ class TokenPolicy:
         small.layout.form = form
         why = None
         try:
-            half = next(self.model.parameters()).dtype != torch.float32
+            half = torch.finfo(next(self.model.parameters()).dtype).bits < 32
             for cast in {None, self.autocast}:
                 why = why or self._differ(small, some, short, where.to(self.device), cast, 0.25 if half or cast else 1e-4)
         except (GruppoError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
@@ -546,7 +550,7 @@ class Head:
 
         def piece(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             logits = h if self.finish is None else self.finish(self._project(h))
-            logits = logits.float() / temperature
+            logits = (logits if logits.dtype == torch.float64 else logits.float()) / temperature
             norm = logits.logsumexp(-1)
             logp = logits.gather(-1, y[:, None])[:, 0] - norm
             with torch.no_grad():
