@@ -89,6 +89,17 @@ def test_divergence_is_that_of_two_gaussians() -> None:
     assert float(gaussian_kl(now, ref)) == pytest.approx(float(torch.distributions.kl_divergence(p, q).mean()), rel=1e-5)
 
 
+def test_the_divergence_pulls_the_policy_and_not_the_reference() -> None:
+    """d KL / d v = (mu - mu_ref) (d mu / d v) / (sd^2 D), with d mu / d v = (1 + eta^2 / 2) dt and sd^2 = s^2 h."""
+    batch = drawn(FlowSDE(0.7), 0.0)
+    v, frozen = V.clone().requires_grad_(), REFERENCE.clone()
+    now, ref = again(FlowSDE(0.7), batch, v), again(FlowSDE(0.7), batch, frozen)
+    value, _ = WithGaussianKL(PPOClip(1e-4, 1e-4), beta=2.0)(batch, now, ref)
+    value.sum().backward()
+    expected = 2.0 * (V - REFERENCE) * ((1 + 0.7**2 / 2) * -0.2) ** 2 / (1.4**2 * 0.2 * 2)
+    torch.testing.assert_close(v.grad, expected)
+
+
 def groups_of(*rewards: list[float]) -> list[Group]:
     path = Path(course(FlowSDE()), torch.zeros(2, 2), torch.zeros(1), torch.tensor([True]))
     return [Group(Task("a"), [path] * len(r), {}, torch.tensor(r)) for r in rewards]

@@ -16,11 +16,13 @@ from tests.runs.small import Quiet, silent
 from gruppo.api import Run, evaluation_of
 from gruppo.policies.flow import FlowPolicy
 from gruppo.policies.reference import swapped
+from gruppo.recipes import recipe
 from gruppo.recipes.golden_flow import Points
 from gruppo.runs.build import painting_policy
 from gruppo.runs.compare import compare
 from gruppo.runs.config import assemble
 from gruppo.runs.evaluate import evaluate
+from gruppo.runs.given import Given
 from gruppo.runs.report import browsable, side_by_side, write_report
 from gruppo.runs.session import Session
 from gruppo.types import GruppoError
@@ -155,6 +157,17 @@ def test_a_window_goes_on_through_stages_of_its_recipe_and_is_resumed_there(tmp_
         assert windows(again) == windows(whole)
         for a, b in zip(whole.policy.parameters(), again.policy.parameters()):
             assert torch.equal(a, b)
+
+
+def test_two_runs_of_one_recipe_object_have_a_window_each(tmp_path: Path) -> None:
+    mine = recipe("mix-grpo", n=3, window=2, tau=1, updates=1)
+    asked = {**SMALL, "recipe": "grpo", "recipe_args": {}, "eval": {"tasks": 0}, "folder": str(tmp_path)}
+    for _ in range(2):
+        made = Session.new(assemble(asked), Given(recipe=mine), silent)
+        made.run(Quiet())
+        assert windows(made) == [0, 1, 1]  # the last two of three steps from the second iteration on
+        assert made.recipe.state[0].state_dict() == {"start": 1, "held": 0, "steps": 3}
+        assert mine.state[0].state_dict() == {"start": 0, "held": 0, "steps": 0}
 
 
 def test_checkpointing_reaches_the_network() -> None:

@@ -42,10 +42,12 @@ def keep_objects(config: RunConfig, given: Given, folder: RunFolder, say: Callab
         try:
             blob = pickle.dumps(given.recipe)
         except (pickle.PicklingError, AttributeError, TypeError) as error:
-            say(f"the recipe cannot be saved ({error}); resuming this run needs gruppo.resume(..., recipe=...)")
+            again = "; what it remembers goes on into the next run with this object" if given.recipe.state else ""
+            say(f"the recipe cannot be saved ({error}); resuming this run needs gruppo.resume(..., recipe=...){again}")
         else:
             with whole(folder.path / RECIPE_FILE) as temporary:
                 temporary.write_bytes(blob)
+            given = replace(given, recipe=pickle.loads(blob))  # its memories are this run's: the object may be trained again
         changes |= {"recipe": RECIPE_FILE, "recipe_args": {}}
     if given.model is not None and not isinstance(given.model, (str, Path)):
         tokenizer = given.tokenizer if given.tokenizer is not None else load_tokenizer(given.model.name_or_path)
