@@ -32,7 +32,7 @@ from gruppo.worlds.glyphs import (
     patches,
     task_of,
 )
-from gruppo.worlds.world import is_held_out
+from gruppo.worlds.problems import is_held_out
 
 TWO = task_of(2, "red", "square", "left")
 

@@ -14,9 +14,10 @@ from gruppo.graders.grade import Grading
 from gruppo.policies.token import TokenPolicy
 from gruppo.rollouts import Conversation, Transcript, WithTools
 from gruppo.types import Group, Path, Task
+from gruppo.worlds.problems import is_held_out
 from gruppo.worlds.search import CALLS, KINDS, SEARCH, SHAPE, TALK, facts, habit, normal, queries, search, task_of, usual, work
 from gruppo.worlds.tokenizer import tokenizer
-from gruppo.worlds.world import is_held_out, texts
+from gruppo.worlds.world import texts
 
 
 def graded(said: Transcript | str, task: Task) -> dict[str, float]:

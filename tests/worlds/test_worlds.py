@@ -15,10 +15,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gruppo.graders.grade import Grading
 from gruppo.policies.token import TokenPolicy
-from gruppo.types import Group, Path, Task
+from gruppo.types import Group, GruppoError, Path, Task
 from gruppo.worlds import WORLDS, arithmetic, countdown
+from gruppo.worlds.problems import TRIES, is_held_out
 from gruppo.worlds.tokenizer import END, tokenizer
-from gruppo.worlds.world import Shape, World, answer_of, is_held_out, texts
+from gruppo.worlds.world import Shape, World, answer_of, texts
 
 # Conversations and pictures have files of their own.
 NAMES = sorted(name for name, world in WORLDS.items() if isinstance(world, World) and world.talk is None)
@@ -68,6 +69,22 @@ def test_no_training_task_is_a_held_out_one(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_held_out_is_fixed_and_grows_at_its_end(name):
     assert WORLDS[name].held_out(30)[:10] == WORLDS[name].held_out(10)
+
+
+@pytest.mark.parametrize(
+    ("held", "ask", "sentence"),
+    [
+        (True, lambda world: world.task(0, 0), "1 of them different, and all are held out, so there is nothing to train on"),
+        (False, lambda world: world.held_out(1), "1 of them different, and none is held out, so there is nothing to evaluate on"),
+    ],
+    ids=["only held-out", "none held out"],
+)
+@pytest.mark.parametrize("name", ["arithmetic", "glyphs"])
+def test_a_world_with_problems_on_one_side_only_says_so_and_ends(name, held, ask, sentence):
+    world = WORLDS[name]
+    only = world.held_out(1)[0] if held else world.task(0, 0)
+    with pytest.raises(GruppoError, match=f"{TRIES} problems of the world {name} were drawn, {sentence}"):
+        ask(replace(world, problem=lambda random: only))
 
 
 def test_the_same_question_in_another_order_is_on_the_same_side():

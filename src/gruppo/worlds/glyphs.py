@@ -25,7 +25,7 @@ from torch.nn import functional as F
 
 from gruppo.policies.painters.glyph import GlyphConfig, GlyphPainter
 from gruppo.types import Grader, Group, GruppoError, Task
-from gruppo.worlds.world import is_held_out
+from gruppo.worlds.problems import Problems
 
 SIDE = 32
 COUNTS = ("one", "two", "three")
@@ -328,7 +328,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class PictureWorld:
+class PictureWorld(Problems):
     """What `World` is for text: a seeded generator of tasks, their verifier, and a base model that paints."""
 
     name: str
@@ -348,21 +348,6 @@ class PictureWorld:
     def equipped(self, policy: Any) -> Any:
         """The policy as it is: a painter has no tools."""
         return policy
-
-    def task(self, seed: int, index: int) -> Task:
-        """The index-th training task of this seed; never a held-out one."""
-        return self._draw(Random(f"{self.name} {seed} {index}"), held_out=False)
-
-    def held_out(self, n: int) -> list[Task]:
-        """The first n held-out tasks, all different; no training stream contains any of them."""
-        found: dict[str, Task] = {}
-        random = Random(f"{self.name} held-out")
-        for _ in range(1000 * n + 1000):
-            if len(found) == n:
-                return list(found.values())
-            task = self._draw(random, held_out=True)
-            found.setdefault(self.key(task), task)
-        raise GruppoError(f"the world {self.name} has only {len(found)} different held-out problems, {n} were asked for")
 
     def graders(self) -> list[Grader]:
         """The graders of this world."""
@@ -414,12 +399,6 @@ class PictureWorld:
         random = Random(f"{self.name} base {seed} {step}")
         tasks = [self._draw(random, held_out=False) for _ in range(self.course.batch)]
         return [self.draw(task, random) for task in tasks], [task.prompt for task in tasks]
-
-    def _draw(self, random: Random, *, held_out: bool) -> Task:
-        while True:
-            task = self.problem(random)
-            if is_held_out(self.key(task)) == held_out:
-                return task
 
 
 GLYPHS = PictureWorld(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,7 +14,8 @@ import torch
 from gruppo.graders.grade import text_of
 from gruppo.rollouts.conversation import Talk, WithTools
 from gruppo.sft import Example, sft, warm_cosine
-from gruppo.types import Grader, Group, GruppoError, Task
+from gruppo.types import Grader, Group, Task
+from gruppo.worlds.problems import Problems
 
 SHAPE = re.compile(r"<think>(.*?)</think><answer>(.*?)</answer>", re.DOTALL)
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
@@ -34,7 +34,7 @@ class Phase:
 
 
 @dataclass(frozen=True)
-class World:
+class World(Problems):
     """A seeded generator of tasks, the graders that verify them, and the base model that ships with the package."""
 
     name: str
@@ -55,21 +55,6 @@ class World:
     def equipped(self, policy: Any) -> Any:
         """The policy with this world's tools in its hands, for training and for evaluation."""
         return policy if self.talk is None else WithTools(policy, self.talk)
-
-    def task(self, seed: int, index: int) -> Task:
-        """The index-th training task of this seed; never a held-out problem."""
-        return self._draw(Random(f"{self.name} {seed} {index}"), held_out=False)
-
-    def held_out(self, n: int) -> list[Task]:
-        """The first n held-out tasks, all different; no training stream contains any of them."""
-        found: dict[str, Task] = {}
-        random = Random(f"{self.name} held-out")
-        for _ in range(1000 * n + 1000):
-            if len(found) == n:
-                return list(found.values())
-            task = self._draw(random, held_out=True)
-            found.setdefault(self.key(task), task)
-        raise GruppoError(f"the world {self.name} has only {len(found)} different held-out problems, {n} were asked for")
 
     def graders(self) -> list[Grader]:
         """The graders of this world, each giving `correct` or `format`."""
@@ -116,17 +101,6 @@ class World:
             return phase.lesson(random, self._draw(random, held_out=False))
 
         return lesson
-
-    def _draw(self, random: Random, *, held_out: bool) -> Task:
-        while True:
-            task = self.problem(random)
-            if is_held_out(self.key(task)) == held_out:
-                return task
-
-
-def is_held_out(key: str) -> bool:
-    """One problem in ten, decided by a hash of the problem itself, so that train and held-out cannot meet."""
-    return hashlib.sha256(key.encode()).digest()[0] * 10 < 256
 
 
 def fresh(config: Mapping[str, Any], words: Any, seed: int) -> Any:
