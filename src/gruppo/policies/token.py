@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gruppo.core.collate import blocks
+from gruppo.policies import head as heads
 from gruppo.policies import lean, prefix
 from gruppo.policies.decode import refilling_pays
 from gruppo.policies.load import restore, save
@@ -502,7 +503,7 @@ class Head:
     @torch.no_grad()
     def of(model: Any) -> Head:
         cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
-        forms = [lambda x: x]
+        forms = [_same]
         if cap:
             forms.insert(0, lambda x: cap * torch.tanh(x / cap))
         ids = torch.arange(4, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
@@ -547,6 +548,9 @@ class Head:
         self, hidden: Tensor, target: Tensor, temperature: float, elements: int, entropy: bool
     ) -> tuple[Tensor, Tensor | None]:
         """log p(target) and the entropy at N positions, at most `elements` logits at a time."""
+        parts = self._parts()
+        if self.finish is _same and parts is not None and heads.plain(parts[1]):
+            return heads.read(hidden, parts[1].weight, target, temperature, elements, entropy)
 
         def piece(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             logits = h if self.finish is None else self.finish(self._project(h))
@@ -568,6 +572,10 @@ class Head:
             ]
             logp, H = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
         return logp, (H.detach() if entropy else None)
+
+
+def _same(logits: Tensor) -> Tensor:
+    return logits
 
 
 def eos_ids(model: Any, tokenizer: Any) -> list[int]:
