@@ -7,13 +7,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from gruppo.policies.kernels import CPS, DPMSolver2M
+from gruppo.core.surrogate import PPOClip
+from gruppo.policies.kernels import CPS, DPMSolver2M, FlowSDE
 from gruppo.policies.schedules import linear
 from gruppo.recipe import Recipe
 from gruppo.recipes.golden_flow import FlowDraw, flow_grading, tiny_flow
 from gruppo.recipes.mix_grpo import mix_grpo, mix_grpo_flash
 from gruppo.rollouts.trajectories import Trajectories
-from gruppo.rollouts.window import CompressedTail, LinearDecay, RandomWindow, Window
+from gruppo.rollouts.window import CompressedTail, Constant, LinearDecay, RandomWindow, Window
 from gruppo.train import iterate
 from gruppo.types import Group, Path, Task
 
@@ -124,6 +125,20 @@ def test_variants() -> None:
     assert isinstance(slower.noisy, Window)
     assert slower.noisy.hold == LinearDecay(10, 1)
     assert isinstance(slower.kernel, CPS)
+
+
+def test_every_number_of_the_window_reaches_it() -> None:
+    made = mix_grpo(window=3, tau=7, stride=2, spare=1, shrinks=True, roll_back=True)
+    assert made.state == (Window(3, Constant(7), 2, spare=1, shrinks=True, roll_back=True),)
+    drawn = mix_grpo(window=3, random=True, spare=2).rollout
+    assert drawn.noisy == RandomWindow(3, spare=2)  # type: ignore[attr-defined]
+    flash = mix_grpo_flash(window=3, tau=7, stride=2, ratio=0.3, heun=True, roll_back=True)
+    assert flash.state == (Window(3, Constant(7), 2, roll_back=True),)
+    assert flash.rollout.grid == CompressedTail(0.3)  # type: ignore[attr-defined]
+    assert flash.rollout.solver == DPMSolver2M(heun=True)  # type: ignore[attr-defined]
+    for made in (mix_grpo(eta=0.9, clip=0.3), mix_grpo_flash(eta=0.9, clip=0.3)):
+        assert made.rollout.kernel == FlowSDE(0.9)  # type: ignore[attr-defined]
+        assert made.loss == PPOClip(0.3, 0.3, scope="step")
 
 
 @pytest.mark.parametrize(("ratio", "faster", "calls"), [(0.4, 2.016, 11), (0.2, 3.049, 7)])
