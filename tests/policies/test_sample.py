@@ -10,6 +10,7 @@ from tests.policies.models import ENDS, FAMILIES, gap, naive, policy_of, ragged,
 from tests.tiny import tiny_policy
 
 from gruppo.policies.decode import Rows, refilling_pays
+from gruppo.policies.lean import LeanRows
 from gruppo.types import GruppoError
 
 
@@ -268,17 +269,22 @@ def test_a_sliding_window_waits_until_all_rows_are_done():
 def sizes(policy, run) -> list[tuple[int, int]]:
     """Rows and columns of the cache at every forward of one token, the new one included."""
     seen = []
-    step = Rows.step
+    policy.sample(ragged((2,)), g=rng(), max_new=1)  # the first call compares both kinds of rows
+    own = [kind.step for kind in (Rows, LeanRows)]
 
-    def watched(self, token):
-        seen.append((len(token), self.width + 1))
-        return step(self, token)
+    def watched(step):
+        def inner(self, token):
+            seen.append((len(token), int(self.size.max()) + 1 if isinstance(self, LeanRows) else self.width + 1))
+            return step(self, token)
 
-    Rows.step = watched
+        return inner
+
+    for kind, step in zip((Rows, LeanRows), own):
+        kind.step = watched(step)
     try:
         run()
     finally:
-        Rows.step = step
+        Rows.step, LeanRows.step = own
     return seen
 
 
