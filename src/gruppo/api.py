@@ -13,6 +13,7 @@ import torch
 
 from gruppo.graders.sources import load as load_source
 from gruppo.policies.flow import FlowPolicy
+from gruppo.policies.painters import on_the_hub
 from gruppo.recipe import Recipe
 from gruppo.runs.build import build_policy
 from gruppo.runs.config import RunConfig, assemble, read
@@ -246,7 +247,7 @@ def evaluation_of(
         base["policy"] = {**base.get("policy", {}), "lora": None}
     else:
         base = {"model": target}
-        if (path / "model_index.json").exists():
+        if (path / "model_index.json").exists() or on_the_hub(target):
             base["recipe"] = "flow-grpo"  # evaluation asks a recipe nothing, but one for text does not fit a painter
     asked: dict[str, Any] = {"world": world, "data": data, "rewards": list(rewards) if rewards else None}
     if data is not None and base.get("world"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from gruppo import api
 from gruppo.policies.flow import CFG, FlowPolicy
 from gruppo.policies.kernels import CPS, DDIM, DanceSDE, FlowSDE, Kernel, WanSDE, flow_ode
 from gruppo.policies.schedules import ddim, linear, resolution_shifted, scaled_linear_abar, twice_shifted, unipc
@@ -20,6 +21,7 @@ from gruppo.recipes.flow_fast import grpo_guard
 from gruppo.recipes.flow_grpo import flow_grpo
 from gruppo.recipes.golden_flow import Points, tiny_flow
 from gruppo.rollouts import Trajectories
+from gruppo.runs import build
 from gruppo.runs import doctor as surgery
 from gruppo.runs.doctor import Report, doctor, main
 from gruppo.runs.doctor_flow import ending, law
@@ -221,3 +223,27 @@ def test_a_folder_with_a_pipeline_is_known_as_a_painter(
     assert main(str(GLYPHS.base), False, "glyphs") == 0
     assert [type(policy) for policy, *_ in seen] == [FlowPolicy] * 2
     assert seen[1][1] == flow_grpo(n=16, beta=0.0, last=False, share=0.5, clip=1e-3)  # as the world would train it
+
+
+def test_a_pipeline_on_the_hub_is_known_as_a_painter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No recipe is named to the doctor or to an evaluation, so the hub is asked."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda source, name: name)
+    loaded, seen = [], []
+    monkeypatch.setattr(build, "painting_policy", lambda config, source, peft: loaded.append(source) or tiny_flow())
+    monkeypatch.setattr(surgery, "doctor", lambda policy, *rest, **numbers: seen.append(policy) or Report([]))
+    assert main("somebody/some-pipeline", False) == 0
+    assert loaded == ["somebody/some-pipeline"]
+    assert isinstance(seen[0], FlowPolicy)
+
+    class Built(Exception):
+        pass
+
+    def built(config: Any) -> None:
+        assert build.paints(config)
+        raise Built
+
+    monkeypatch.setattr(api, "build_policy", built)
+    with pytest.raises(Built):
+        api.evaluation_of("somebody/some-pipeline", world="glyphs")

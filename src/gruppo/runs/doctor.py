@@ -84,6 +84,7 @@ class Report:
 def main(model: str | None, as_json: bool, world: str | None = None) -> int:
     """Examine a model folder, or the base model of a world (arithmetic by default); 1 when an invariant broke, else 0."""
     from gruppo.policies.load import load_model, load_tokenizer
+    from gruppo.policies.painters import on_the_hub
     from gruppo.policies.token import TokenPolicy
     from gruppo.runs.build import paints, world_of
     from gruppo.runs.config import FitSection, PolicySection, RunConfig, assemble
@@ -96,7 +97,7 @@ def main(model: str | None, as_json: bool, world: str | None = None) -> int:
     else:
         sections = {"policy": PolicySection.model_construct(), "fit": FitSection.model_construct()}
         planned, source = RunConfig.model_construct(model=model, **sections), model
-    if paints(planned, source):
+    if paints(planned, source) or on_the_hub(source):  # off this disk `paints` asks the recipe, and none is named here
         found = _painting(planned, source, prompts)
     else:
         policy = TokenPolicy(load_model(source), load_tokenizer(source), max_new=planned.policy.max_new_tokens)
