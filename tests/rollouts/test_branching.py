@@ -273,6 +273,12 @@ def test_the_last_picture_has_no_noise_on_it() -> None:
         assert torch.allclose(path.steps[4], course.kernel.clean(path.steps[3:4], v, course.sigmas[3:4].float())[0], atol=1e-5)
 
 
+@pytest.mark.parametrize(("rollout", "starts"), [(Tree((0, 1)), 3), (Branches(3, seeds=2), 6)])
+def test_every_tree_and_every_trunk_begins_at_a_noise_of_its_own(rollout: Any, starts: int) -> None:
+    _, groups = grown(rollout, 4, prompts=3)
+    assert len(torch.stack([p.steps[0] for g in groups for p in g.paths]).unique(dim=0)) == starts
+
+
 def test_nothing_else_is_shared() -> None:
     """Prompts, trunks, nodes and rows draw noise of their own: only siblings have a part in common."""
     policy = written(steady, [0.9, 0.8, 0.7, 0.0])
