@@ -169,20 +169,21 @@ class Layer:
             weights = attention.q_norm.weight.detach(), attention.k_norm.weight.detach()
             self.norm = torch.cat([w.expand(n, -1) for w, n in zip(weights, (self.q, self.k))])
 
-    def heads(self, x: Tensor, turn: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [N, heads, D] of N tokens, turned to their places."""
         qkv = self.qkv(_rms(x, self.before)).view(-1, self.q + 2 * self.k, self.dim)
-        qk = qkv[:, : self.q + self.k]
+        qk, v = qkv.split((self.q + self.k, self.k), 1)
         if self.norm is not None:
             qk = rms_norm(qk, (self.dim,), None, self.eps) * self.norm
-        qk = torch.addcmul(qk * turn[:, :1], qk.roll(self.dim // 2, -1), turn[:, 1:])
-        return qk[:, : self.q], qk[:, self.q :], qkv[:, self.q + self.k :]
+        cos, sin = turn
+        qk = torch.addcmul(qk * cos, qk.roll(self.dim // 2, -1), sin)
+        q, k = qk.split((self.q, self.k), 1)
+        return q, k, v
 
     def feed(self, x: Tensor) -> Tensor:
         """What the second half of the layer adds."""
-        up = self.up(_rms(x, self.between))
-        half = up.shape[-1] // 2
-        return self.down(self.activate(up[:, :half]) * up[:, half:])
+        gate, up = self.up(_rms(x, self.between)).chunk(2, -1)
+        return self.down(self.activate(gate) * up)
 
 
 def _rms(x: Tensor, norm: Any) -> Tensor:
@@ -213,14 +214,15 @@ class Lean:
             x = x + layer.feed(x)
         return self.head(_rms(x, self.norm))
 
-    def _turn(self, place: Tensor) -> Tensor:
-        """[N, 2, D]: what multiplies a vector, and what multiplies it with its halves exchanged, to turn it to its place."""
+    def _turn(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, 1, D]: what multiplies a vector, and what multiplies it with its halves exchanged, to turn it to its place."""
         most = int(place.max())
         if most >= len(self.table):
             cos, sin = self.rotary(torch.empty(0), torch.arange(max(2 * most, 64))[None])
             half = self.layers[0].dim // 2
             self.table = torch.stack([cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)], 1)
-        return self.table[place]
+        turn = self.table[place]
+        return turn[:, :1], turn[:, 1:]
 
 
 class LeanRows:
@@ -236,10 +238,11 @@ class LeanRows:
         self.keys: list[tuple[int, ...]] = []  # the prompts
         self.said = torch.empty(0, policy.config.vocab_size)  # the logits after each
         self.length = torch.empty(0, dtype=torch.long)  # and their tokens
-        self.given = [torch.empty(2, 0, layer.k, 0, layer.dim) for _ in self.net.layers]  # keys and values of each
+        nothing = torch.empty(0, layer.k, 0, layer.dim)
+        self.given = [(nothing, nothing) for _ in self.net.layers]  # keys and values of each
         self.which = torch.empty(0, dtype=torch.long)  # the prompt of each row
         self.age = torch.empty(0, dtype=torch.long)  # how many tokens of its own are in the cache
-        self.made = [torch.empty(2, 0, layer.k, 0, layer.dim) for _ in self.net.layers]  # their keys and values
+        self.made = [(nothing, nothing) for _ in self.net.layers]  # their keys and values
         self.used = 0  # columns of these
         self.held: tuple[int, ...] | None = None  # a prompt of which further paths wait
         self._arrange()
@@ -275,7 +278,7 @@ class LeanRows:
 
     def step(self, token: Tensor) -> Tensor:
         """The logits [R, V] after one more token of each row."""
-        if self.used == self.made[0].shape[3]:
+        if self.used == self.made[0][0].shape[2]:
             self._select(torch.arange(len(token)))
         self.used += 1
         self.age = self.age + 1
@@ -287,13 +290,14 @@ class LeanRows:
 
     def _attend(self, i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         n, heads, dim = k.shape
-        own, given, scale = self.made[i], self.given[i], self.net.layers[i].scale
-        own[0, :, :, self.used - 1], own[1, :, :, self.used - 1] = k, v
+        scale, own = self.net.layers[i].scale, [space.narrow(2, 0, self.used) for space in self.made[i]]
+        own[0].select(2, -1).copy_(k)
+        own[1].select(2, -1).copy_(v)
         q = q.view(n, heads, -1, dim)  # the queries that share a key stand where a sequence would
-        out, lse = _FLASH(q, own[0, :, :, : self.used], own[1, :, :, : self.used], 0.0, False, attn_mask=self.unseen, scale=scale)
+        out, lse = _FLASH(q, *own, 0.0, False, attn_mask=self.unseen, scale=scale)
         asked = q if self.slots is None else q[self.slots]
         asked = asked.unflatten(0, (len(self.keys), -1)).transpose(1, 2)
-        before, weight = _FLASH(asked.flatten(2, 3), *given, 0.0, False, attn_mask=self.unfilled, scale=scale)
+        before, weight = _FLASH(asked.flatten(2, 3), *self.given[i], 0.0, False, attn_mask=self.unfilled, scale=scale)
         before = before.view(asked.shape).transpose(1, 2).flatten(0, 1)
         weight = weight.view(asked.shape[:-1]).transpose(1, 2).flatten(0, 1)
         if self.place is not None:
@@ -313,10 +317,8 @@ class LeanRows:
 
         def attend(i: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             layer = self.net.layers[i]
-            found.append(k.new_empty(2, count, layer.k, width, layer.dim))
-            keys, values = found[-1]
-            for space, x in ((keys, k), (values, v)):
-                space.copy_(x.view(count, width, layer.k, layer.dim).transpose(1, 2))
+            keys, values = (x.view(count, width, layer.k, layer.dim).transpose(1, 2).contiguous() for x in (k, v))
+            found.append((keys, values))
             if i + 1 == len(self.net.layers):
                 q = q[last].view(count, layer.k, -1, layer.dim)
                 return scaled_dot_product_attention(q, keys, values, mask, scale=layer.scale).reshape(count, -1)
@@ -328,7 +330,7 @@ class LeanRows:
         said = self.net(ids.flatten(), torch.arange(width).repeat(count), attend, last)
         self.keys = self.keys + prompts
         self.length, self.said = torch.cat([self.length, length]), torch.cat([self.said, said])
-        self.given = [_beside(*x) for x in zip(self.given, found)]
+        self.given = [(_beside(old[0], new[0]), _beside(old[1], new[1])) for old, new in zip(self.given, found)]
         self.policy.counts["prefills"] += count
         self.policy.counts["prompt_tokens"] += sum(map(len, prompts))
 
@@ -341,19 +343,23 @@ class LeanRows:
             self._pick(torch.tensor(stay, dtype=torch.long))
             self.which = torch.searchsorted(torch.tensor(stay, dtype=torch.long), self.which)
         own = int(self.age.max()) if len(rows) else 0
-        for i, old in enumerate(self.made):
-            shape = 2, len(rows) + len(entering or ()), old.shape[2], own + max(ROOM, own // 2), old.shape[4]
+        room = len(rows) + len(entering or ()), own + max(ROOM, own // 2)
+
+        def moved(old: Tensor) -> Tensor:
             # a masked column still enters the product with weight 0, and 0 times what was left in memory may be NaN
+            shape = room[0], old.shape[1], room[1], old.shape[3]
             new = old.new_zeros(shape) if entering else old.new_empty(shape)
-            new[:, : len(rows), :, :own] = old[:, rows, :, self.used - own : self.used]
-            self.made[i] = new
+            new[: len(rows), :, :own] = old[rows, :, self.used - own : self.used]
+            return new
+
+        self.made = [(moved(keys), moved(values)) for keys, values in self.made]
         self.used = own
 
     def _pick(self, prompts: Tensor) -> None:
         self.keys = [self.keys[i] for i in prompts.tolist()]
         self.length, self.said = self.length[prompts], self.said[prompts]
         width = int(self.length.max()) if len(prompts) else 0
-        self.given = [given[:, prompts, :, :width] for given in self.given]
+        self.given = [(keys[prompts, :, :width], values[prompts, :, :width]) for keys, values in self.given]
 
     def _arrange(self) -> None:
         """How rows and prompts meet: the rows of each prompt side by side, as many for one as for all."""
@@ -379,10 +385,10 @@ class LeanRows:
 
 def _beside(a: Tensor, b: Tensor) -> Tensor:
     """The prompts of both, as wide as the wider."""
-    if not a.shape[1]:
+    if not len(a):
         return b
-    out = a.new_zeros(2, a.shape[1] + b.shape[1], a.shape[2], max(a.shape[3], b.shape[3]), a.shape[4])
-    out[:, : a.shape[1], :, : a.shape[3]], out[:, a.shape[1] :, :, : b.shape[3]] = a, b
+    out = a.new_zeros(len(a) + len(b), a.shape[1], max(a.shape[2], b.shape[2]), a.shape[3])
+    out[: len(a), :, : a.shape[2]], out[len(a) :, :, : b.shape[2]] = a, b
     return out
 
 
