@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from gruppo.policies.prefix import number
+
 
 class Roomy(DynamicLayer):
     """Keys and values with room to grow: a new token is written in place where `DynamicLayer` would copy all earlier ones."""
@@ -87,8 +89,9 @@ def refilling_pays(policy: Any, rows: int, paths: int, max_new: int) -> bool:
     columns. Measured in numbers read.
     """
     config = policy.config
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    all_heads = number(config, "num_attention_heads") or 1
+    heads = number(config, "num_key_value_heads") or all_heads
+    size = number(config, "head_dim") or config.hidden_size // all_heads
     layers = config.num_hidden_layers
     forward = sum(p.numel() for p in policy.model.parameters()) + layers * LAUNCH
     column = 2 * layers * heads * size

@@ -76,6 +76,20 @@ def lora_config(rank: int, alpha: float, targets: str | list[str], task: str | N
     return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, bias="none", task_type=task)  # pyright: ignore[reportArgumentType]
 
 
+def train_only(model: Any, beginnings: list[str]) -> None:
+    """Freeze every weight whose name does not begin with one of these."""
+    weights = dict(model.named_parameters())
+    unknown = [b for b in beginnings if not any(name.startswith(b) for name in weights)]
+    if unknown or not beginnings:
+        parts = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in weights))
+        raise GruppoError(
+            f"policy.trained {unknown or beginnings}: no weight's name begins so; names of this {type(model).__name__} begin with "
+            f"{', '.join(parts[:12])}{' and others' if len(parts) > 12 else ''}"
+        )
+    for name, weight in weights.items():
+        weight.requires_grad_(weight.requires_grad and name.startswith(tuple(beginnings)))
+
+
 def ignored_sampling(model: Any, temperature: float) -> str | None:
     """A sentence when the model's generation_config asks for a sampling that training does not use."""
     config = getattr(model, "generation_config", None)

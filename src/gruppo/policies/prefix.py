@@ -193,14 +193,14 @@ class Cost:
     @staticmethod
     def of(model: Any, rates: Rates) -> Cost:
         config = model.config.get_text_config()
-        heads = config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // heads
+        heads = number(config, "num_attention_heads") or 1
+        size = number(config, "head_dim") or config.hidden_size // heads
         embedded = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
         head = model.get_output_embeddings()
         embedded.add(id(getattr(head, "weight", None)))  # runs on trained steps alone, in either forward
         weights = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in embedded)
         kinds = getattr(config, "layer_types", None) or []
-        window = getattr(config, "sliding_window", None) or 0
+        window = number(config, "sliding_window") or 0
         capped = bool(getattr(config, "attn_logit_softcapping", None))
         sliding = sum(k == "sliding_attention" for k in kinds) if kinds else config.num_hidden_layers
         special = config.num_hidden_layers if capped else sliding * bool(window)
@@ -247,6 +247,24 @@ class Cost:
     def _attention(self, pairs: float | int, calls: int, touched: int) -> float:
         rates = self.rates
         return 4 * self.width * float(pairs) * rates.pair + calls * rates.call + touched * self.width * rates.touch
+
+
+def number(config: Any, name: str) -> int | None:
+    """A number of a model's configuration; the largest where layers differ in it (transformers then refuses to name one)."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return max((getattr(layer, name, None) or 0 for layer in config.per_layer_config), default=0) or None
+
+
+def beyond(config: Any) -> str | None:
+    """What keeps a model from the packed forward that a comparison of a short piece may not show."""
+    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    if kinds:
+        return f"it has layers of the kind {', '.join(sorted(kinds))}"
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4 counts tokens of the row, not positions
+        return "its attention scales a query by the number of tokens before it in the row"
+    return None
 
 
 @dataclass(frozen=True)
@@ -325,11 +343,14 @@ def sample(some: Plan, prompts: Sequence[Tensor], window: int) -> tuple[list[int
     nested = max(layout.pieces, key=lambda p: len(set(layout.owner[p.context].tolist()) | {int(layout.owner[p.start])}))
     beside = [int(layout.owner[r.q0]) for r in layout.regions] + [int(layout.owner[p.start]) for p in layout.pieces]
     rows = list(dict.fromkeys([*layout.owner[nested.context].tolist(), int(layout.owner[nested.start])]))[:3]
-    rows = list(dict.fromkeys([*rows, *beside]))[:4]
+    windowed = 0 < window < layout.deepest
+    deepest = [int(layout.owner[layout.depth.argmax()])] if windowed else []
+    rows = list(dict.fromkeys([*rows, *deepest, *beside]))[:4]
     fork = max([p.depth for p in layout.pieces if int(layout.owner[p.start]) in rows], default=0)
-    room = 64 if layout.deepest <= window or not window else window + 32
+    room = window + 32 if windowed else 64
     shortest = min(len(prompts[i]) for i in rows)
-    return rows, max(0, min(shortest, fork) - room), max(fork, shortest) + 16
+    skip = max(0, min(shortest, fork) - room)
+    return rows, skip, max(fork, shortest, skip + room if windowed else 0) + 16
 
 
 def alike(pieces: Sequence[Piece], cost: Cost | None = None) -> list[list[Piece]]:

@@ -77,6 +77,8 @@ class TokenPolicy:
         self.cost = None if sharing is None else prefix.Cost.of(model, sharing)
         self.distrusted: dict[prefix.Form, str] = {}  # forms of the packed forward that this model may not use, and why
         self._compared: set[prefix.Form] = set()
+        self._windowed: set[prefix.Form] = set()  # those also compared where a window cuts keys off
+        self.bend = rotary_bend(self.config)
         self._plans: OrderedDict[Any, tuple[prefix.Plan, bool]] = OrderedDict()
         self.reference: Reference | None = None  # set by the run when the recipe names one
 
@@ -136,6 +138,7 @@ class TokenPolicy:
                 f"a prompt of {longest} tokens plus {max_new} new ones needs {longest + max_new} positions, "
                 f"but this model has {self.context}; shorten the prompt or lower max_new_tokens"
             )
+        self._one_side([len(p) for p in ids], [max_new] * len(ids))
         return self._decode_rows(ids, max_new, temperature, tuple(stop), g) if ids else []
 
     def _decode_rows(
@@ -258,8 +261,40 @@ class TokenPolicy:
 
     def _read(self, prompts: list[Tensor], steps: list[Tensor], where: Tensor) -> tuple[Tensor, Tensor | None]:
         """log p and entropy at `where` [B, T]: what rows share is computed once where that pays."""
+        far = torch.tensor(self._far([len(p) for p in prompts], [len(s) for s in steps]))
+        if far.any() and not far.all():
+            near, order = (~far).nonzero()[:, 0], torch.argsort(far.long(), stable=True)
+            parts = [
+                self._read([prompts[i] for i in some], [steps[i] for i in some], where[some])
+                for some in (near.tolist(), far.nonzero()[:, 0].tolist())
+            ]
+            back = order.argsort().to(where.device)
+            logp, entropy = torch.cat([p[0] for p in parts])[back], [p[1] for p in parts if p[1] is not None]
+            return logp, torch.cat(entropy)[back] if entropy else None
         plan = self._plan(prompts, steps, where)
         return self._read_rows(prompts, steps, where) if plan is None else self._read_shared(plan, where)
+
+    def _far(self, before: list[int], after: list[int]) -> list[bool]:
+        """Which rows lie beyond the length at which rotary angles change; rows that cross it are refused."""
+        if self.bend is None:
+            return [False] * len(before)
+        kind, limit = self.bend
+        for p, s in zip(before, after):
+            if p + s > limit and (p <= limit or kind == "dynamic"):
+                raise GruppoError(
+                    f"a prompt of {p} tokens plus {s} new ones needs {p + s} positions, but beyond {limit} the rotary angles of "
+                    f"this model ({kind} scaling) depend on the longest row of a forward: what the sampler says while a row "
+                    "grows would not be what training reads; shorten the prompt or lower max_new_tokens"
+                )
+        return [p > limit for p in before]
+
+    def _one_side(self, before: list[int], after: list[int]) -> None:
+        if len(set(self._far(before, after))) > 1:
+            kind, limit = self.bend or ("", 0)
+            raise GruppoError(
+                f"prompts of {min(before)} to {max(before)} tokens share a forward, but at {limit} the rotary angles of this "
+                f"model ({kind} scaling) change for every row of it; keep the prompts of more than {limit} tokens apart"
+            )
 
     def _read_rows(self, prompts: list[Tensor], steps: list[Tensor], where: Tensor) -> tuple[Tensor, Tensor | None]:
         """Every row in full. Rows are padded on the right, so causality alone keeps padding out."""
@@ -328,25 +363,27 @@ class TokenPolicy:
 
     def _trusted(self, form: prefix.Form, plan: prefix.Plan, prompts: list[Tensor], steps: list[Tensor]) -> bool:
         """Whether the form gives the ordinary forward's numbers, seen on a piece of the batch it is first wanted for."""
-        if form in self._compared:
-            return True
         cost = self.cost
         assert cost is not None
+        seen = self._windowed if 0 < cost.window < plan.layout.deepest else self._compared
+        if form in seen:
+            return True
         rows, skip, keep = prefix.sample(plan, prompts, cost.window)
         some = [prompts[i][skip:] for i in rows]
         short = [steps[i][: max(1, keep - len(prompts[i]))] for i in rows]
         where = torch.arange(max(map(len, short))) < torch.tensor([len(s) for s in short])[:, None]
         small = prefix.plan(some, short, where, cost, least=1)
         small.layout.form = form
-        why = None
+        why = prefix.beyond(self.config)
         try:
             half = torch.finfo(next(self.model.parameters()).dtype).bits < 32
             for cast in {None, self.autocast}:
                 why = why or self._differ(small, some, short, where.to(self.device), cast, 0.25 if half or cast else 1e-4)
-        except (GruppoError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        except (GruppoError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError) as error:
             why = f"it failed with {type(error).__name__}: {error}"
         if why is None:
-            self._compared.add(form)
+            if any(piece.depth for piece in small.layout.pieces):  # rows that part nowhere would vouch for any model
+                seen.add(form)
             return True
         self.distrusted[form] = why
         warnings.warn(
@@ -409,6 +446,7 @@ class TokenPolicy:
                 lengths.append(len(s))
                 at = end
         device = self.device
+        self._one_side(*([len(pair[i]) for some in bins for pair in some] for i in (0, 1)))
         with self._cast(), self._training():
             hidden = self.head.hidden(ids.to(device), place.to(device))[torch.cat(row).to(device), torch.cat(column).to(device)]
             T = self.temperature if temperature is None else temperature
@@ -479,11 +517,16 @@ class TokenPolicy:
 
 
 class _Mode:
+    """The layers that checkpoint their activations are in training mode, as transformers asks; what they hold is not, since
+    routers draw noise there."""
+
     def __init__(self, model: Any) -> None:
         self.model = model
 
     def __enter__(self) -> None:
-        self.model.train()
+        for module in self.model.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
 
     def __exit__(self, *_: object) -> None:
         self.model.eval()
@@ -520,7 +563,9 @@ class Head:
         inner = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
         project = inner.get_output_embeddings()
-        return None if decoder is None or decoder is inner or project is None else (decoder, project)
+        if decoder is None or decoder is inner or project is None or isinstance(decoder, torch.nn.Linear):
+            return None  # ModernBERT's decoder calls its output projection `decoder`
+        return decoder, project
 
     def _project(self, hidden: Tensor) -> Tensor:
         parts = self._parts()
@@ -595,9 +640,22 @@ def eos_ids(model: Any, tokenizer: Any) -> list[int]:
 
 
 def silence_dropout(model: Any) -> None:
-    """Dropout would make the ratio differ from 1 before the first update."""
+    """Dropout and skipped layers would make the ratio differ from 1 before the first update."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+        for name, value in vars(module).items():  # OPT and Seed-OSS call the function; OPT drops layers
+            if isinstance(value, float) and ("dropout" in name or "layerdrop" in name):
+                setattr(module, name, 0.0)
+
+
+def rotary_bend(config: Any) -> tuple[str, int] | None:
+    """The rotary scaling whose angles depend on the longest row of a forward, and the length from which they do."""
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for some in [found, *found.values()]:
+        kind = some.get("rope_type", "") if isinstance(some, dict) else ""
+        if kind == "longrope":
+            return kind, some.get("original_max_position_embeddings") or config.original_max_position_embeddings
+        if "dynamic" in kind:
+            return "dynamic", config.max_position_embeddings
+    return None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from gruppo.policies.flow import CFG, FlowPolicy, Painter
-from gruppo.policies.load import load_model, load_tokenizer, lora_config, with_adapter
+from gruppo.policies.load import load_model, load_tokenizer, lora_config, train_only, with_adapter
 from gruppo.policies.token import TokenPolicy
 from gruppo.recipes import find
 from gruppo.runs.config import RunConfig
@@ -64,6 +64,8 @@ def build_policy(config: RunConfig, model: Any = None, tokenizer: Any = None, pe
         loaded = with_adapter(loaded, peft_config, config.fit.seed)
     elif own.lora is not None:
         loaded = with_adapter(loaded, lora_config(own.lora.rank, own.lora.alpha, own.lora.targets), config.fit.seed)
+    elif own.trained is not None:
+        train_only(loaded, own.trained)
     policy = TokenPolicy(
         loaded,
         words,
@@ -142,6 +144,8 @@ def painting_policy(config: RunConfig, model: Any, peft_config: Any) -> FlowPoli
         targets = getattr(painter, "lora_targets", LORA_TARGETS) if own.lora.targets == "all-linear" else own.lora.targets
         adapter = lora_config(own.lora.rank, own.lora.alpha, targets, None)
         painter.model = with_adapter(painter.model, adapter, config.fit.seed)
+    elif own.trained is not None:
+        train_only(painter.model, own.trained)
     embedded = getattr(painter, "embeds_guidance", False)  # the network reads the scale itself and needs one call, not two
     cfg = None
     if own.guidance is not None and own.guidance != 1 and not embedded:
