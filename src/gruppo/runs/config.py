@@ -114,6 +114,17 @@ class AverageSection(Section):
     every: int = Field(8, ge=1)
 
 
+class MomentsSection(Section):
+    """AdamW's two moments as bitsandbytes keeps them (extra `lowbit`); `fit.moments={}` for 8 bits.
+
+    8 bits: blocks of 256 numbers with a scale each; tensors of fewer than 4096 numbers stay in float32. A run that resumes goes
+    on bit for bit.
+    """
+
+    bits: Literal[8, 32] = 8
+    paged: bool = False  # on CUDA: moved to the host while the device's memory is short; 32 bits paged changes no number
+
+
 class FitSection(Section):
     """How much is sampled and how the optimizer moves."""
 
@@ -127,6 +138,7 @@ class FitSection(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
     skip_grad_norm: float | None = Field(None, gt=0)  # an optimizer step whose gradient norm reaches this is left out
+    moments: MomentsSection | None = None  # AdamW's moments in fewer bits; torch's own in float32 when not given
     ema: AverageSection | None = None  # evaluate a moving average of the weights; `fit.ema={}` for its defaults
     epochs: int | None = Field(None, ge=1)  # passes over each step's paths; the recipe's own when not given
     updates_per_epoch: int | None = Field(None, ge=1)  # optimizer steps per pass
@@ -244,6 +256,10 @@ class RunConfig(Section):
             if "ema" in self.stages[stage].fit:
                 raise GruppoError(
                     f"stage {stage + 1} sets fit.ema, but the moving average goes on over all stages; set it for the whole run"
+                )
+            if "moments" in self.stages[stage].fit:
+                raise GruppoError(
+                    f"stage {stage + 1} sets fit.moments, but one optimizer goes on over all stages; set it for the whole run"
                 )
             self.at(stage)
         return self

@@ -32,6 +32,7 @@ from gruppo.runs.given import Given, found_objects, keep_objects
 from gruppo.runs.grading import counters, metrics_of, set_counters
 from gruppo.runs.interrupt import Interrupted, stopping
 from gruppo.runs.measure import measure
+from gruppo.runs.optimizer import optimizer_of
 from gruppo.runs.preflight import preflight
 from gruppo.runs.resolve import default_name, resolve
 from gruppo.runs.stages import stages_of
@@ -58,9 +59,7 @@ class Session:
         self.stream = Stream(self.stages[0].at)
         # Made now, while the policy holds the initial weights; a resumed run does the same before it loads its checkpoint.
         self.references = {maker: maker(self.policy) for s in self.stages if (maker := s.recipe.reference) is not None}
-        self.optimizer = torch.optim.AdamW(
-            list(self.policy.parameters()), lr=0.0, betas=config.fit.betas, weight_decay=config.fit.weight_decay
-        )
+        self.optimizer = optimizer_of(self.policy.parameters(), config.fit)
         self.average = None
         if (ema := config.fit.ema) is not None:
             self.average = Ema(self.policy, Warming(ema.most, ema.slow), ema.every)
