@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -225,7 +226,7 @@ def test_a_folder_with_a_pipeline_is_known_as_a_painter(
     assert seen[1][1] == flow_grpo(n=16, beta=0.0, last=False, share=0.5, clip=1e-3)  # as the world would train it
 
 
-def test_a_pipeline_on_the_hub_is_known_as_a_painter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_on_the_hub_is_known_as_a_painter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No recipe is named to the doctor or to an evaluation, so the hub is asked."""
     import huggingface_hub
 
@@ -245,5 +246,7 @@ def test_a_pipeline_on_the_hub_is_known_as_a_painter(monkeypatch: pytest.MonkeyP
         raise Built
 
     monkeypatch.setattr(api, "build_policy", built)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a red circle"}\n' * 40)
     with pytest.raises(Built):
-        api.evaluation_of("somebody/some-pipeline", world="glyphs")
+        api.evaluation_of("somebody/some-pipeline", data=str(rows), rewards=["gruppo.graders.images:JpegSize"])
