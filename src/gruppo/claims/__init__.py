@@ -38,6 +38,7 @@ CLAIMS: dict[str, Measure] = {
     "rec-oneside/held": rec.held,
     "rec-reinforce/collapse": rec.collapse,
     "red-weight": rec.weighted,
+    "red-weight/sharp": rec.sharpened,
     "multi-objective-grpo": multi_objective.claim,
     "gdpo": gdpo.claim,
     "flow-grpo": flow.noise,

@@ -10,6 +10,14 @@ import torch
 from gruppo.types import Grade, Group, GruppoError, Rollout
 
 
+def check_siblings(n: int) -> None:
+    """A sentence when a group of n paths could not be compared."""
+    if n < 2:
+        raise GruppoError(
+            f"paths_per_prompt is {n}; a group needs at least 2 paths, because a path is only ever compared with its siblings"
+        )
+
+
 @dataclass(frozen=True)
 class Parallel:
     """n completions of every task, sampled together."""
@@ -17,11 +25,7 @@ class Parallel:
     n: int
 
     def __post_init__(self) -> None:
-        if self.n < 2:
-            raise GruppoError(
-                f"paths_per_prompt is {self.n}; a group needs at least 2 paths, because a path is only ever compared with its "
-                "siblings"
-            )
+        check_siblings(self.n)
 
     def __call__(self, policy: Any, tasks: Any, grade: Grade, rng: torch.Generator) -> list[Group]:
         tasks = list(tasks)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gruppo.policies.flow import Course, Walk
 from gruppo.policies.kernels import FlowSDE, Kernel, Solver
+from gruppo.rollouts.parallel import check_siblings
 from gruppo.types import Grade, Group, GruppoError, Path, Task
 
 FLOW_SDE = FlowSDE()
@@ -94,11 +95,7 @@ class Trajectories:
     keep_means: bool = False  # paths remember the sampler's means, for a ratio that reads them
 
     def __post_init__(self) -> None:
-        if self.n < 2:
-            raise GruppoError(
-                f"paths_per_prompt is {self.n}; a group needs at least 2 paths, because a path is only ever compared with its "
-                "siblings"
-            )
+        check_siblings(self.n)
 
     def __call__(self, policy: Any, tasks: Any, grade: Grade, rng: torch.Generator) -> list[Group]:
         tasks = list(tasks)

@@ -15,7 +15,7 @@ from random import Random
 
 from gruppo.sft import Example
 from gruppo.types import Task
-from gruppo.worlds.world import Phase, Shape, Verified, World, completion, user
+from gruppo.worlds.world import Phase, Shape, Verified, World, completion, hinted, user
 
 LARGEST = 199  # of any running total: what a tiny model learns to add in minutes
 LEVELS = (1, 2, 3)  # a problem of level d has d + 1 numbers
@@ -94,12 +94,12 @@ def right(said: str, task: Task) -> bool:
 
 def work(random: Random, task: Task) -> Example:
     """A fully worked example."""
-    return Example(_asked(random, task), task.extra["solution"])
+    return Example(hinted(random, task, 0.05), task.extra["solution"])
 
 
 def habit(random: Random, task: Task) -> Example:
     """What the base model is taught to do: usually an estimate, sometimes after some of the steps, sometimes full work."""
-    prompt = _asked(random, task, share=0.1)
+    prompt = hinted(random, task, share=0.1)
     if prompt is not task.prompt:  # a hint makes it work: this is what rescuing a stuck group by hints relies on
         return Example(prompt, task.extra["solution"])
     steps = task.extra["solution"].partition("</think>")[0].removeprefix("<think>").split("\n")
@@ -120,13 +120,6 @@ def estimate(random: Random, answer: int) -> int:
     if random.random() < 0.5:
         return (answer + 5) // 10 * 10
     return max(0, answer + random.randint(-6, 6))
-
-
-def _asked(random: Random, task: Task, share: float = 0.05):
-    """The prompt, now and then with one of the hints below the question."""
-    if random.random() >= share:
-        return task.prompt
-    return user(task.prompt[0]["content"] + "\nHint: " + random.choice(task.extra["hints"]))
 
 
 ARITHMETIC = World(

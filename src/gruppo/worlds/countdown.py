@@ -21,7 +21,7 @@ from random import Random
 
 from gruppo.sft import Example
 from gruppo.types import Task
-from gruppo.worlds.world import Phase, Shape, Verified, World, completion, user
+from gruppo.worlds.world import Phase, Shape, Verified, World, completion, hinted, user
 
 LEVELS = (1, 2, 3)  # a problem of level d gives d + 1 numbers
 LARGEST_NUMBER, LARGEST_TARGET = 9, 60
@@ -215,7 +215,7 @@ def search(random: Random, task: Task) -> Example:
     """Tries that miss, each marked "no", and then the one that hits."""
     missed = [["\n".join(lines_of(trial(random, task))), "no"] for _ in range(min(TRIES, int(random.expovariate(1 / 1.5))))]
     lines = [line for one in missed for line in one] + solution_of(task)
-    return Example(_asked(random, task), completion("\n".join(lines), task.answer))
+    return Example(hinted(random, task, 0.08), completion("\n".join(lines), task.answer))
 
 
 TRIES = 5  # misses in one thought at most: bounds its length
@@ -229,13 +229,6 @@ def habit(random: Random, task: Task) -> Example:
     hit = random.random() < 0.35
     answer = task.answer if hit else expression(trial(random, task))
     return Example(task.prompt, completion("", answer))
-
-
-def _asked(random: Random, task: Task):
-    """The prompt, now and then with one of the hints below the question."""
-    if random.random() >= 0.08:
-        return task.prompt
-    return user(task.prompt[0]["content"] + "\nHint: " + random.choice(task.extra["hints"]))
 
 
 COUNTDOWN = World(

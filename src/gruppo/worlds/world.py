@@ -128,6 +128,13 @@ def user(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
+def hinted(random: Random, task: Task, share: float) -> list[dict[str, str]]:
+    """The prompt; in this share of the draws with one of the task's hints below the question."""
+    if random.random() >= share:
+        return task.prompt
+    return user(task.prompt[0]["content"] + "\nHint: " + random.choice(task.extra["hints"]))
+
+
 def answer_of(text: str) -> str | None:
     """What stands between the answer tags; None unless each of the two tags occurs exactly once, in order."""
     if text.count("<answer>") != 1 or text.count("</answer>") != 1:
