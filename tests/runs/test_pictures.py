@@ -15,6 +15,7 @@ from tests.runs.small import Quiet, silent
 
 from gruppo.api import Run, evaluation_of
 from gruppo.policies.flow import FlowPolicy
+from gruppo.policies.painters import load_painter
 from gruppo.policies.reference import swapped
 from gruppo.recipes import recipe
 from gruppo.recipes.golden_flow import Points
@@ -26,6 +27,7 @@ from gruppo.runs.given import Given
 from gruppo.runs.report import browsable, side_by_side, write_report
 from gruppo.runs.session import Session
 from gruppo.types import GruppoError
+from gruppo.worlds.glyphs import GLYPHS
 
 SMALL: dict[str, Any] = {
     "recipe": "mix-grpo",
@@ -218,3 +220,9 @@ def test_a_comparison_counts_calls_of_the_network(tmp_path: Path) -> None:
     assert flash.marked
     assert list(found.table()[0])[-3:] == ["paths", "network calls", "time"]
     assert "48 network calls if painted one by one" in found.notes()[0]
+
+
+def test_only_the_named_weights_of_a_painter_train(tmp_path: Path) -> None:
+    made = run(tmp_path, policy={**SMALL["policy"], "trained": ["blocks.1"]}, fit={**SMALL["fit"], "steps": 1})
+    now, base = dict(made.policy.model.named_parameters()), load_painter(GLYPHS.base).model.named_parameters()
+    assert {name for name, weight in base if not torch.equal(weight, now[name])} == {n for n in now if n.startswith("blocks.1")}

@@ -69,6 +69,27 @@ def test_the_adapter_starts_as_the_seed_says_and_the_global_generator_is_left_al
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_only_the_named_weights_train_and_the_checkpoint_holds_all(tmp_path: Path) -> None:
+    named = ["model.layers.1.", "model.norm"]
+    run = session(tmp_path, fit={"steps": 2, "learning_rate": 1e-2}, policy={"trained": named})
+    before = {name: w.clone() for name, w in run.policy.model.state_dict().items()}
+    run.run(Quiet())
+    saved = load_model(run.folder.checkpoint(2)).state_dict()
+    moved = {name for name, w in before.items() if not torch.equal(w, saved[name])}
+    assert moved == {name for name in before if name.startswith(tuple(named))}
+
+
+def test_weights_that_the_model_does_not_have_cannot_be_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        GruppoError, match=r"policy.trained \['transformer'\]: no weight's name begins so; .* begin with model.embed"
+    ):
+        session(tmp_path, policy={"trained": ["model.norm", "transformer"]})
+    with pytest.raises(GruppoError, match=r"policy.trained \[\]: no weight"):
+        session(tmp_path, policy={"trained": []})
+    with pytest.raises(GruppoError, match="beside an adapter no weight of the model trains"):
+        session(tmp_path, policy={"trained": ["model.norm"], "lora": {"rank": 2}})
+
+
 @pytest.mark.parametrize("setting", [{"autocast": True}, {"gradient_checkpointing": True}, {"dtype": "bfloat16"}])
 def test_the_policy_settings_train(tmp_path: Path, setting: dict[str, Any]) -> None:
     run = session(tmp_path, policy=setting, fit={"steps": 1})

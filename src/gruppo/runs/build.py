@@ -48,6 +48,11 @@ def paints(config: RunConfig, model: Any = None) -> bool:
 
 def build_policy(config: RunConfig, model: Any = None, tokenizer: Any = None, peft_config: Any = None) -> Any:
     """The policy with its initial weights, and with the tools of its world where it has some."""
+    if peft_config is not None and config.policy.trained is not None:
+        raise GruppoError(
+            f"policy.trained is {config.policy.trained} and a peft_config is given, but beside an adapter no weight of the model "
+            "trains; remove one of them"
+        )
     if paints(config, model):
         _fits(config, "image")
         if config.policy.engine is not None:
