@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from gruppo.policies import tiles
 from gruppo.types import GruppoError
 
 NAME = "gruppo_prefix"  # under which transformers' attention interface knows `attend`
@@ -82,6 +83,7 @@ class Layout:
     regions: list[Region]
     form: Form = "lse"
     cost: Cost | None = None  # says which pieces may share a padded call; None: those of equal length
+    tiled: bool = False  # large regions by `tiles`
     used: int = 0  # attention calls that really ran on this layout
     _blocks: dict[Any, Any] = field(default_factory=dict)
 
@@ -189,9 +191,10 @@ class Cost:
     window: int  # 0 = none
     capped: bool
     rates: Rates
+    onednn: bool = False  # linear layers and large regions of attention multiply by oneDNN
 
     @staticmethod
-    def of(model: Any, rates: Rates) -> Cost:
+    def of(model: Any, rates: Rates, onednn: bool = False) -> Cost:
         config = model.config.get_text_config()
         heads = number(config, "num_attention_heads") or 1
         size = number(config, "head_dim") or config.hidden_size // heads
@@ -204,7 +207,7 @@ class Cost:
         capped = bool(getattr(config, "attn_logit_softcapping", None))
         sliding = sum(k == "sliding_attention" for k in kinds) if kinds else config.num_hidden_layers
         special = config.num_hidden_layers if capped else sliding * bool(window)
-        return Cost(weights, heads * size, config.num_hidden_layers, special, window, capped, rates)
+        return Cost(weights, heads * size, config.num_hidden_layers, special, window, capped, rates, onednn)
 
     @property
     def least(self) -> int:
@@ -291,7 +294,7 @@ def plan(prompts: Sequence[Tensor], steps: Sequence[Tensor], where: Tensor, cost
     kept = (before + end) * trains
     rows = [ids[:n] for ids, n in zip(whole, kept.tolist())]
     layout = lay(rows, cost.least if least is None else least)
-    layout.cost = cost
+    layout.cost, layout.tiled = cost, cost.onednn
     begin = kept.cumsum(0) - kept
     spot = torch.from_numpy(np.concatenate(layout.spots))[begin[row] + before[row] + step - 1]
     long = torch.tensor([len(ids) for ids in whole])
@@ -539,7 +542,7 @@ class _Block:
     """Pieces that attend to themselves in one call: a slice where they are one or stand evenly side by side, else gathered."""
 
     def __init__(self, some: list[Piece]) -> None:
-        self.n, self.wide = len(some), some[0].length
+        self.n, self.wide, self.pieces = len(some), some[0].length, some
         starts = [p.start for p in some]
         even = all(p.length == self.wide for p in some) and starts == list(
             range(starts[0], starts[0] + self.n * self.wide, self.wide)
@@ -549,6 +552,11 @@ class _Block:
         real = [np.arange(i * self.wide, i * self.wide + p.length) for i, p in enumerate(some)]
         self.real = torch.from_numpy(np.concatenate(real))
         self.to = self.index[self.real]
+
+    @property
+    def own(self) -> Iterator[slice]:
+        """Where each piece stands."""
+        return (slice(p.start, p.start + p.length) for p in self.pieces)
 
     def take(self, x: Tensor) -> Tensor:
         """[n, H, wide, D] of [T, H, D]."""
@@ -583,13 +591,20 @@ class _Merged(torch.autograd.Function):
         out = torch.empty(*q.shape[:-1], v.shape[-1], dtype=exact)
         lse = torch.empty(q.shape[:2], dtype=exact)
         for block in _self_blocks(layout):
+            if layout.tiled and tiles.pays(q[: block.wide], k[: block.wide]):
+                for at in block.own:
+                    out[at], lse[at] = tiles.forward(q[at], k[at], v[at], scale, True)
+                continue
             o, s = _FLASH(block.take(q), block.take(k), block.take(v), 0.0, True, scale=scale)
             block.put(out, o)
             block.put(lse[..., None], s[..., None])
         for r in layout.regions:
             here, there = slice(r.q0, r.q1), slice(r.k0, r.k1)
-            o, s = _FLASH(_heads(q[here]), _heads(k[there]), _heads(v[there]), 0.0, False, scale=scale)
-            o, s = o[0].transpose(0, 1), s[0].transpose(0, 1)
+            if layout.tiled and tiles.pays(q[here], k[there]):
+                o, s = tiles.forward(q[here], k[there], v[there], scale, False)
+            else:
+                o, s = _FLASH(_heads(q[here]), _heads(k[there]), _heads(v[there]), 0.0, False, scale=scale)
+                o, s = o[0].transpose(0, 1), s[0].transpose(0, 1)
             both = torch.logaddexp(lse[here], s)
             out[here].mul_((lse[here] - both).exp_()[..., None]).addcmul_(o.to(exact), (s - both).exp_()[..., None])
             lse[here] = both
@@ -604,7 +619,12 @@ class _Merged(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         exact = lse.dtype
         dq, dk, dv = (torch.empty(x.shape, dtype=exact) for x in (q, k, v))
-        for b in _self_blocks(ctx.layout):
+        layout = ctx.layout
+        for b in _self_blocks(layout):
+            if layout.tiled and tiles.pays(q[: b.wide], k[: b.wide]):
+                for at in b.own:
+                    dq[at], dk[at], dv[at] = tiles.backward(grad[at], q[at], k[at], v[at], out[at], lse[at], ctx.scale, True)
+                continue
             g, s = b.take(grad), b.take(lse[..., None])[..., 0]
             if b.slice is None:  # a padded query repeats a real one: its gradient must not count again
                 g = g.transpose(1, 2).flatten(0, 1)
@@ -613,12 +633,16 @@ class _Merged(torch.autograd.Function):
             some = _FLASH_BACKWARD(g, b.take(q), b.take(k), b.take(v), b.take(out), s, 0.0, True, scale=ctx.scale)
             for x, part in zip((dq, dk, dv), some):
                 b.put(x, part)
-        for r in ctx.layout.regions:
+        for r in layout.regions:
             here, there = slice(r.q0, r.q1), slice(r.k0, r.k1)
-            a, b, c, o, g = (_heads(x) for x in (q[here], k[there], v[there], out[here], grad[here]))
-            some = _FLASH_BACKWARD(g, a, b, c, o, lse[here].transpose(0, 1)[None], 0.0, False, scale=ctx.scale)
+            if layout.tiled and tiles.pays(q[here], k[there]):
+                some = tiles.backward(grad[here], q[here], k[there], v[there], out[here], lse[here], ctx.scale, False)
+            else:
+                a, b, c, o, g = (_heads(x) for x in (q[here], k[there], v[there], out[here], grad[here]))
+                some = _FLASH_BACKWARD(g, a, b, c, o, lse[here].transpose(0, 1)[None], 0.0, False, scale=ctx.scale)
+                some = (part[0].transpose(0, 1) for part in some)
             for x, part in zip((dq[here], dk[there], dv[there]), some):
-                x.add_(part[0].transpose(0, 1))
+                x.add_(part)
         return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), None, None
 
 

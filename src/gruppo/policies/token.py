@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from gruppo.core.collate import blocks
 from gruppo.policies import head as heads
-from gruppo.policies import lean, prefix
+from gruppo.policies import lean, prefix, products
 from gruppo.policies.decode import refilling_pays
 from gruppo.policies.load import restore, save
 from gruppo.types import Batch, GruppoError, Path, Reference, Scope, Steps
@@ -47,6 +47,7 @@ class TokenPolicy:
         head_elements: int = 2**24,  # logits formed at once: positions x vocabulary
         sharing: prefix.Rates | None = prefix.MEASURED,  # when computing shared prefixes once pays; None: never
         lean: bool = True,  # decode in few operations where that is known to be exact; False: always the model's own forward
+        onednn: bool | None = None,  # large float32 products by oneDNN; None: where it is known to be the faster one
     ) -> None:
         if not temperature > 0:
             raise GruppoError(
@@ -74,7 +75,9 @@ class TokenPolicy:
                 model.enable_input_require_grads()
         model.eval()
         self.head = Head.of(model)
-        self.cost = None if sharing is None else prefix.Cost.of(model, sharing)
+        quick = products.chosen(onednn) and self.device.type == "cpu"
+        self.linears = products.Linears(model) if quick else None
+        self.cost = None if sharing is None else prefix.Cost.of(model, sharing, quick)
         self.distrusted: dict[prefix.Form, str] = {}  # forms of the packed forward that this model may not use, and why
         self._compared: set[prefix.Form] = set()
         self._windowed: set[prefix.Form] = set()  # those also compared where a window cuts keys off
@@ -506,10 +509,17 @@ class TokenPolicy:
     def _recompute(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         # a checkpointed layer runs again in backward, when the forward's choice of attention is long undone
         config = self.head.config
-        return nullcontext(), prefix.attending(config, config._attn_implementation)
+        return nullcontext(), self._as_in_forward(config._attn_implementation)
+
+    @contextmanager
+    def _as_in_forward(self, attention: str) -> Iterator[None]:
+        with prefix.attending(self.head.config, attention), self._cast():
+            yield
 
     def _cast(self):
-        return torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+        if self.autocast:
+            return torch.autocast(self.device.type, self.autocast)
+        return nullcontext() if self.linears is None else self.linears()
 
     def _training(self):
         # transformers checkpoints activations only in training mode; dropout is off in either mode
