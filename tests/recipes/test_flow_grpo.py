@@ -209,6 +209,21 @@ def test_guard_divides_the_loss_by_the_step_size() -> None:
     assert float(loss) == pytest.approx(-float(stats["ratio"]) / 0.2, rel=1e-5)
 
 
+@pytest.mark.parametrize("v", [OTHER, torch.tensor([[0.19, 0.42]])])
+def test_guard_clips_its_own_ratio_on_the_side_that_goes_too_far(v: Tensor) -> None:
+    for A in (1.5, -1.5):
+        batch = drawn(FlowSDE(0.7), A)
+        now = again(FlowSDE(0.7), batch, v)
+        rho = float(Guarded(9.0, 9.0)(batch, now, None)[1]["ratio"])
+        assert abs(rho - 1) > 1e-3
+        too_far = (rho > 1) == (A > 0)
+        bound = 1 + 1e-4 if rho > 1 else 1 - 1e-4
+        loss, stats = Guarded(1e-4, 1e-4)(batch, now, None)
+        assert float(loss) == pytest.approx(-A * (bound if too_far else rho) / 0.2, rel=1e-5)
+        assert float(stats["clip_high"]) == float(too_far and rho > 1)
+        assert float(stats["clip_low"]) == float(too_far and rho < 1)
+
+
 def test_guard_takes_the_bias_of_each_path() -> None:
     """Two paths whose means moved by different amounts: a number shared by the batch would mix them."""
     one, two = drawn(FlowSDE(0.7), 1.0), drawn(FlowSDE(0.7), 1.0)

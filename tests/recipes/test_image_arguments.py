@@ -75,3 +75,16 @@ def test_every_argument_changes_the_recipe(make: Callable[..., Recipe]) -> None:
 
 def test_the_spared_steps_of_a_random_window() -> None:
     assert difference(mix_grpo(random=True, spare=2), mix_grpo(random=True))
+
+
+@pytest.mark.parametrize("make", MADE)
+def test_ratios_are_clipped_by_the_same_on_both_sides_and_steps_may_part(make: Callable[..., Recipe]) -> None:
+    loss: Any = make(clip=0.3).loss
+    inner = getattr(loss, "loss", loss)  # below a divergence
+    assert (inner.low, inner.high) == (0.3, 0.3)
+    assert loss.scope == "step"
+
+
+@pytest.mark.parametrize("make", [dance_grpo, mix_grpo, mix_grpo_flash, g2rpo, pref_grpo])
+def test_weighed_objectives_are_asked_for_before_step_0(make: Callable[..., Recipe]) -> None:
+    assert [need.name for need in make(weights={"aesthetic": 1, "clip": 0.5}).needs] == ["aesthetic", "clip"]
