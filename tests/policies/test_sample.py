@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -270,7 +271,8 @@ def sizes(policy, run) -> list[tuple[int, int]]:
     """Rows and columns of the cache at every forward of one token, the new one included."""
     seen = []
     policy.sample(ragged((2,)), g=rng(), max_new=1)  # the first call compares both kinds of rows
-    own = [kind.step for kind in (Rows, LeanRows)]
+    kinds: list[Any] = [Rows, LeanRows]
+    own = [kind.step for kind in kinds]
 
     def watched(step):
         def inner(self, token):
@@ -279,12 +281,13 @@ def sizes(policy, run) -> list[tuple[int, int]]:
 
         return inner
 
-    for kind, step in zip((Rows, LeanRows), own):
+    for kind, step in zip(kinds, own):
         kind.step = watched(step)
     try:
         run()
     finally:
-        Rows.step, LeanRows.step = own
+        for kind, step in zip(kinds, own):
+            kind.step = step
     return seen
 
 
