@@ -44,12 +44,11 @@ def rates(judge: Any, outputs: list[Any], **numbers: Any) -> list[float]:
 
 
 def test_a_perfect_judge() -> None:
-    """E6.1"""
     assert rates(Numbers(), [0.8, 0.2, 0.5, 0.9]) == [0.667, 0.0, 0.333, 1.0]
 
 
 def test_cycles_and_ties_say_nothing() -> None:
-    """E6.3: 0 beats 1, 1 beats 2, 2 beats 0."""
+    """A cycle: 0 beats 1, 1 beats 2, 2 beats 0."""
     assert win_rates([1.0, 0.0, 1.0], 3) == [0.5, 0.5, 0.5]
     assert rates(lambda pairs: [0.5] * len(pairs), [1, 2, 3, 4]) == [0.5] * 4
     assert rates(lambda pairs: [math.nan] * len(pairs), [1, 2, 3, 4]) == [0.5] * 4
@@ -61,9 +60,14 @@ def first(pairs: Any) -> list[float]:
 
 
 def test_a_judge_with_position_bias_ranks_by_index_and_swapping_cures_it() -> None:
-    """E6.4"""
     assert rates(first, [1, 2, 3]) == [1.0, 0.5, 0.0]
     assert rates(first, [1, 2, 3], swap=True) == [0.5, 0.5, 0.5]
+
+
+def test_the_grader_passes_on_what_a_tie_is_worth_and_how_many_digits_are_kept() -> None:
+    for tie, expected in ((0.5, [0.75, 0.75, 0.0]), (0.0, [0.5, 0.5, 0.0]), (1.0, [1.0, 1.0, 0.0])):
+        assert rates(Numbers(), [2, 2, 1], tie=tie) == expected
+    assert rates(first, [1, 2, 3, 4], digits=1) == [1.0, 0.7, 0.3, 0.0]
 
 
 def test_swapping_keeps_what_both_orders_agree_on() -> None:
@@ -85,13 +89,12 @@ def test_one_missing_order_leaves_the_pair_undecided() -> None:
     ("n", "rounded", "exact"), [(4, 0.4304, 0.4303), (8, 0.3498, 0.3499), (16, 0.3174, 0.3174), (24, 0.3076, 0.3074)]
 )
 def test_the_spread_of_strict_win_rates(n: int, rounded: float, exact: float) -> None:
-    """E6.5, with the reference code's three decimals and without."""
+    """With the reference code's three decimals and without."""
     for digits, spread in ((3, rounded), (None, exact)):
         assert statistics.stdev(rates(Numbers(), list(range(n)), digits=digits)) == pytest.approx(spread, abs=5e-5)
 
 
 def test_eight_strictly_ordered() -> None:
-    """E6.5"""
     assert rates(Numbers(), list(range(7, -1, -1))) == [1.0, 0.857, 0.714, 0.571, 0.429, 0.286, 0.143, 0.0]
 
 
@@ -286,7 +289,6 @@ CATEGORIES = [[1.0, 0.5, 0.5, 0.0], [0.667, 1.0, 0.333, 0.0], [0.333, 0.333, 1.0
 
 
 def test_flex_mixes_overall_and_categories() -> None:
-    """E6.7"""
     dim = flex_rewards(OVERALL, CATEGORIES, weights=(0.0, 1.0))
     assert dim == pytest.approx([0.708333, 0.597125, 0.597125, 0.097125], abs=1e-6)
     assert flex_rewards(OVERALL, CATEGORIES) == pytest.approx([0.795833, 0.618088, 0.517888, 0.067987], abs=1e-6)

@@ -41,7 +41,6 @@ def by_rank(*scores: float, **numbers: Any) -> list[float]:
 
 
 def test_a_perfect_judge() -> None:
-    """E6.1"""
     assert won(torch.tensor([0.8, 0.2, 0.5, 0.9])).tolist() == pytest.approx([0.667, 0.0, 0.333, 1.0])
     assert by_rank(0.8, 0.2, 0.5, 0.9) == pytest.approx([0.387995, -1.161662, -0.387995, 1.161662], abs=2e-6)
 
@@ -52,13 +51,11 @@ def test_the_judges_own_win_rate_gives_the_same_advantage() -> None:
 
 
 def test_cycles_and_ties_teach_nothing() -> None:
-    """E6.3"""
     assert advantages(pref_grpo(), scored(win_rate=[0.5] * 3))[0] == [0.0] * 3
     assert by_rank(2.0, 2.0, 2.0) == [0.0] * 3
 
 
 def test_a_judge_that_always_says_first() -> None:
-    """E6.4"""
     assert advantages(pref_grpo(), scored(win_rate=[1.0, 0.5, 0.0]))[0] == pytest.approx([1.0, 0.0, -1.0], abs=1e-6)
 
 
@@ -66,13 +63,12 @@ CLOSE = [3.501, 3.502, 3.500, 3.503] * 2
 
 
 def test_near_equal_scores_become_large_advantages_without_the_judge() -> None:
-    """E6.5: a std of .0012, and yet +-1.25."""
+    """A std of .0012, and yet +-1.25."""
     pointwise = advantages(pref_grpo(weights={"q": 1.0}), scored(q=CLOSE))[0]
     assert pointwise == pytest.approx([-0.418, 0.418, -1.255, 1.255] * 2, abs=1e-3)
 
 
 def test_eight_strictly_ordered() -> None:
-    """E6.5"""
     found = by_rank(*[float(8 - i) for i in range(8)])
     assert found[:4] == pytest.approx([1.429345, 1.020552, 0.61176, 0.202967], abs=2e-6)
     assert found[:4] == pytest.approx([-a for a in found[:3:-1]], abs=2e-6)
@@ -165,7 +161,7 @@ def test_nothing_is_clamped_before_the_batch_scale() -> None:
 
 
 def test_flex_is_another_signal() -> None:
-    """E6.7's reward."""
+    """The reward of UnifiedReward-Flex."""
     flex = [0.795833, 0.618088, 0.517888, 0.067987]
     assert advantages(pref_grpo(weights={"flex": 1.0}), scored(flex=flex))[0] == pytest.approx(z(flex).tolist(), abs=1e-5)
 
