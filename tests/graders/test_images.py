@@ -174,7 +174,7 @@ def test_jpeg_size_is_small_for_one_colour_and_large_for_noise() -> None:
 
 
 def test_above_a_threshold() -> None:
-    """E1.8: HPS scores against .28."""
+    """HPS scores against .28."""
     values = [0.27, 0.281, 0.30, 0.26, 0.28]
     assert Above(lambda i, p: values, 0.28)([picture()] * 5, [""] * 5) == [0, 1, 1, 0, 0]
 
