@@ -94,18 +94,35 @@ def found(name: str, ratio: float) -> dict:
         "ms": {"gruppo": 100.0, "TRL": 100.0 * ratio},
         "ratio": [ratio, ratio - 0.1, ratio + 0.2],
         "of_limit": {"gruppo": 0.7, "TRL": 0.3},
+        "of_torch": {"gruppo": 1.4, "TRL": 0.6},
         "completion_tokens_per_s": {"gruppo": 5000.0, "TRL": 2000.0},
     }
-    head = {"work": name, "groups": 1, "rounds": 3, "apart": {"logp": 1e-6}, "gemm": 1e11, "saved": 2.4}
+    head = {"work": name, "groups": 1, "rounds": 3, "apart": {"logp": 1e-6}, "gemm": 2e11, "gemm_torch": 1e11, "saved": 2.4}
     return {**head, "score": phase, "train": phase, "both": phase, "peak_mb": {"gruppo": 50.0, "TRL": 200.0}}
 
 
 def test_the_page_has_every_ratio_with_its_spread_and_the_memory() -> None:
-    page = bench.table([found("128/64", 2.25), found("1024/32", 6.5)], {"128/64": [("aten::mm", 0.6)]})
+    page = bench.table(
+        [found("128/64", 2.25), found("1024/32", 6.5)], {"128/64": {bench.LINEAR: [60.0, 45.0], bench.STARTING: [40.0, 0.0]}}
+    )
     assert page.count("2.25 (2.15..2.45)") == 3
     assert page.count("6.50 (6.40..6.70)") == 3
     assert "| 128/64 | 200 | 50 | 0.25 |" in page
-    assert "| `aten::mm` | 0.60 |" in page
+    assert "spends 100 ms at 128/64" in page
+    assert "| linear layers | 0.60 | 0.75 |" in page
+    assert "| starting operations: Python, views, autograd | 0.40 | 0.00 |" in page
+    assert "* 128/64: train, times as fast as TRL, 2.25 (3 wanted)" in page
+    assert "* 1024/32: train, times as fast as TRL, 6.50 (8 wanted)" in page
+    assert "1024/32: train, of the limit" not in page, "1.4 of it is more than the 0.8 that are wanted"
+
+
+def test_the_parts_of_a_step_are_told_apart() -> None:
+    parts = bench.profile(bench.Work(1, 200, 40, 70), rounds=1)
+    assert set(parts) == set(bench.PARTS)
+    assert all(ms > 0 for ms, _ in parts.values())
+    need = bench.operations(bench.Work(1, 200, 40, 70))
+    assert sum(need[p] for p in (bench.LINEAR, bench.HEAD, bench.ATTENTION)) == pytest.approx(need["train"])
+    assert parts[bench.LINEAR][0] > parts[bench.HEAD][0]
 
 
 def test_the_plot_is_written(tmp_path: Folder) -> None:
