@@ -13,12 +13,12 @@ from PIL import Image
 from gruppo.core.collate import collate
 from gruppo.policies import flow
 from gruppo.policies.flow import CFG, Course, FlowPolicy, key_of, shared
-from gruppo.policies.kernels import CPS, DanceSDE, DPMSolver2M, FlowSDE
+from gruppo.policies.kernels import CPS, DDIM, DanceSDE, DPMSolver2M, FlowSDE
 from gruppo.policies.reference import Average
 from gruppo.recipes.golden_flow import FlowDraw, Points, flow_grading, tiny_flow
 from gruppo.rollouts import Trajectories
 from gruppo.rollouts.trajectories import but_last
-from gruppo.types import Batch, Group, GruppoError, Task
+from gruppo.types import Batch, Group, GruppoError, Path, Task
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -307,3 +307,20 @@ def test_a_course_names_its_noisy_steps() -> None:
     assert Course.of("a", S, CPS()).stochastic.tolist() == [True] * 5 + [False]  # the step to the picture draws nothing
     with pytest.raises(GruppoError, match="step 6 is to be noisy"):
         Course.of("a", S, FlowSDE(), [6])
+
+
+def test_latents_that_begin_alike_share_nothing() -> None:
+    """Only equal latents share a call: the first numbers of two of them may agree."""
+    S = torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64)
+    course = Course.of("a", S, FlowSDE())
+    one = torch.zeros(3, 6)
+    two = one.clone()
+    two[:, 5] = 1.0
+    paths = [Path(course, x, torch.zeros(2), torch.ones(2, dtype=torch.bool)) for x in (one, two, one.clone())]
+    assert shared([(p, 0) for p in paths]) == ([0, 1], [0, 1, 0])
+
+
+def test_a_step_with_a_level_that_lands_on_the_picture_draws_nothing() -> None:
+    course = Course.of("a", torch.tensor([0.9, 0.5, 0.0], dtype=torch.float64), DDIM())
+    assert course.levels.tolist() == [1.0, 1.0]
+    assert course.stochastic.tolist() == [True, False]
