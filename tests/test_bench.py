@@ -8,7 +8,7 @@ from pathlib import Path as Folder
 import pytest
 import torch
 
-from gruppo import bench
+from gruppo import bench, bench_vision
 from gruppo.types import GruppoError
 
 SMALL = bench.Work(2, 12, 3, 7)
@@ -133,3 +133,15 @@ def test_the_plot_is_written(tmp_path: Folder) -> None:
 def test_a_micro_batch_is_one_group_of_padded_rows() -> None:
     assert SMALL.budget == 8 * (12 + 7)
     assert (SMALL.name, replace(SMALL, high=3).name) == ("12/3..7", "12/3")
+
+
+def test_a_picture_in_the_shared_prompt_is_equal_work_or_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = bench_vision.Picture(height=4, width=5, text=9, steps=6, hidden=128, layers=2)
+    found = bench_vision.compare(work, rounds=1)
+    assert max(found["apart"].values()) < 1e-5
+    assert f"| 20+9/6, picture and text | {found['ms']['ordinary']:.0f} |" in "\n".join(bench_vision.table(found))
+    own = bench_vision.prefix.Layout.pick
+    wrong = lambda self, values: own(self, values) * (2 if values[0].dim() == 2 else 1)  # noqa: E731  other positions
+    monkeypatch.setattr(bench_vision.prefix.Layout, "pick", wrong)
+    with pytest.raises(GruppoError, match="nothing was timed"):
+        bench_vision.compare(work, rounds=1)

@@ -36,6 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gruppo import bench_vision
 from gruppo.core.collate import collate
 from gruppo.core.reduce import weigh
 from gruppo.policies import prefix, products
@@ -552,10 +553,13 @@ def report(names: Sequence[str], rounds: int, out: Folder | None, *, memory: boo
         print(json.dumps(found[-1]), file=sys.stderr, flush=True)
     slow = [r["work"] for r in found if missed(r)] or [found[0]["work"]]
     profiles = {name: profile(WORKS[name]) for name in slow} if profiled else {}
+    beside = bench_vision.compare(rounds=rounds) if profiled else None
     page = table(found, profiles)
+    if beside is not None:
+        page += "\n" + "\n".join(bench_vision.table(beside))
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "train.md").write_text(page)
-        (out / "train.json").write_text(json.dumps({"rows": found, "profile": profiles}, indent=1) + "\n")
+        (out / "train.json").write_text(json.dumps({"rows": found, "profile": profiles, "vision": beside}, indent=1) + "\n")
         draw(found, out / "train.svg")
     return page
