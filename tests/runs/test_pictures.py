@@ -191,6 +191,11 @@ def test_checkpointing_that_a_network_does_not_have_is_refused(tmp_path: Path) -
         run(tmp_path, policy={**SMALL["policy"], "gradient_checkpointing": True})
 
 
+def test_an_adapter_that_no_checkpoint_could_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GruppoError, match=r"policy\.lora is set, but a GlyphPainter names no lora_targets"):
+        run(tmp_path, policy={**SMALL["policy"], "trained": None, "lora": {"rank": 2, "targets": ["qkv"]}})
+
+
 def test_a_checkpoint_is_a_model_of_its_own(done: Session, tmp_path: Path) -> None:
     folder = done.folder.checkpoint(3)
     assert json.loads((folder / "model_index.json").read_text())["_class_name"] == "GlyphPipeline"

@@ -16,7 +16,6 @@ from gruppo.types import GruppoError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 DENOISING_STEPS = 10  # of training, where neither the run nor its world says so (Flow-GRPO's number)
-LORA_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]  # the attention of diffusers' networks
 
 
 def world_of(config: RunConfig) -> Any:
@@ -79,6 +78,7 @@ def build_policy(config: RunConfig, model: Any = None, tokenizer: Any = None, pe
         autocast=torch.bfloat16 if own.autocast else None,
         checkpointing=own.gradient_checkpointing,
         sample_rows=own.sample_rows,
+        onednn=own.onednn,
     )
     policy = with_engine(policy, config)
     return policy if world is None else world.equipped(policy)
@@ -146,7 +146,13 @@ def painting_policy(config: RunConfig, model: Any, peft_config: Any) -> FlowPoli
     if peft_config is not None:
         painter.model = with_adapter(painter.model, peft_config, config.fit.seed)
     elif own.lora is not None:
-        targets = getattr(painter, "lora_targets", LORA_TARGETS) if own.lora.targets == "all-linear" else own.lora.targets
+        usual = getattr(painter, "lora_targets", None)
+        if usual is None:
+            raise GruppoError(
+                f"policy.lora is set, but a {type(painter).__name__} names no lora_targets and its checkpoints hold no adapter; "
+                "remove it, and train a part of the weights with policy.trained instead"
+            )
+        targets = usual if own.lora.targets == "all-linear" else own.lora.targets
         adapter = lora_config(own.lora.rank, own.lora.alpha, targets, None)
         painter.model = with_adapter(painter.model, adapter, config.fit.seed)
     elif own.trained is not None:

@@ -61,6 +61,7 @@ class PolicySection(Section):
     temperature: float = 1.0
     device: str = "auto"  # cuda where there is one, else cpu
     threads: int | None = Field(None, ge=1)  # torch threads; measured at the start of the run when not given
+    onednn: bool | None = None  # large float32 products of training on a CPU by oneDNN; where known to be faster if not given
     sample_rows: int = Field(256, ge=1)  # paths that decode together: bounds the key-value cache
     top_p: float | None = None
     top_k: int | None = None
@@ -82,7 +83,7 @@ class PolicySection(Section):
         if self.lora is not None and self.trained is not None:
             raise GruppoError(
                 f"policy.trained is {self.trained} and policy.lora is set, but beside an adapter no weight of the model trains; "
-                "name the layers of the adapter with policy.lora.targets"
+                "name the layers of the adapter with policy.lora.targets, and leave the others with policy.trained=null"
             )
         return self
 
