@@ -382,12 +382,16 @@ def found_claim(found: Any) -> dict[str, Any]:
 def doctor(
     model: Annotated[str | None, typer.Option(help="A model folder or hub id; an embedded base model by default.")] = None,
     world: Annotated[str | None, typer.Option(help="The base model of this world, or its prompts for --model.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Settings of the run that is planned.")
+    ] = None,
+    measure: Annotated[bool, typer.Option(help="Train two steps in a process of its own and say what memory they took.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure on this machine and model what training relies on; exits with 1 when something is broken."""
     from gruppo.runs.doctor import main as examine
 
-    raise typer.Exit(examine(model, as_json, world))
+    raise typer.Exit(examine(model, as_json, world, settings or (), measure))
 
 
 @app.command()

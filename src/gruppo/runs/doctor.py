@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -25,6 +26,7 @@ from gruppo.core.reduce import weigh
 from gruppo.policies.flow import FlowPolicy
 from gruppo.policies.reference import AdapterOff
 from gruppo.recipe import Recipe
+from gruppo.runs.memory import low_precision, memory
 from gruppo.runs.threads import choose
 from gruppo.train import accumulate
 from gruppo.types import Batch, Group, GruppoError, Path, Steps, Task
@@ -37,7 +39,7 @@ TEXTS = (
     "A train leaves at 9:40 and arrives at 11:05. How many minutes does it travel? Think before you answer.",
 )
 TEMPERATURE = 0.7  # at 1 a forgotten temperature would go unseen
-MB = 2**20
+PATIENCE = 10.0  # seconds for finding out how long completions are
 
 
 @dataclass(frozen=True)
@@ -81,29 +83,53 @@ class Report:
         return out
 
 
-def main(model: str | None, as_json: bool, world: str | None = None) -> int:
-    """Examine a model folder, or the base model of a world (arithmetic by default); 1 when an invariant broke, else 0."""
-    from gruppo.policies.load import load_model, load_tokenizer
+def main(model: str | None, as_json: bool, world: str | None = None, words: Sequence[str] = (), measured: bool = False) -> int:
+    """Examine a model folder, or the base model of a world (arithmetic by default); 1 when an invariant broke, else 0.
+
+    `words` are settings of the planned run, such as fit.token_budget=4096. `measured` also trains two steps of it in a process
+    of its own and says what memory they took.
+    """
+    from gruppo.policies.load import load_model, load_tokenizer, lora_config, with_adapter
     from gruppo.policies.painters import on_the_hub
     from gruppo.policies.token import TokenPolicy
     from gruppo.runs.build import paints, world_of
-    from gruppo.runs.config import FitSection, PolicySection, RunConfig, assemble
+    from gruppo.runs.config import RunConfig, assemble, merge, overrides
 
+    if measured and model is not None:
+        raise GruppoError("what a run takes is measured on a world, which brings its own tasks and graders: give --world alone")
+    asked = overrides(words)
     prompts: Sequence[Any] | None = None
     if model is None or world is not None:
-        planned = assemble({"world": world or "arithmetic"})
+        planned = assemble({"world": world or "arithmetic"}, asked)
         prompts = [t.prompt for t in world_of(planned).held_out(8)]
         source: Any = world_of(planned).base if model is None else model
     else:
-        sections = {"policy": PolicySection.model_construct(), "fit": FitSection.model_construct()}
-        planned, source = RunConfig.model_construct(model=model, **sections), model
+        unused = {"model": model, "data": "none", "rewards": ["none:none"]}
+        planned, source = RunConfig.model_validate(merge(unused, asked)), model
     if paints(planned, source) or on_the_hub(source):  # off this disk `paints` asks the recipe, and none is named here
         found = _painting(planned, source, prompts)
     else:
-        policy = TokenPolicy(load_model(source), load_tokenizer(source), max_new=planned.policy.max_new_tokens)
-        found = doctor(policy, None, planned.model_dump(), prompts=prompts)
+        own = planned.policy
+        loaded, tokenizer = load_model(source), load_tokenizer(source)
+        if own.lora is not None:
+            loaded = with_adapter(loaded, lora_config(own.lora.rank, own.lora.alpha, own.lora.targets), planned.fit.seed)
+        policy = TokenPolicy(loaded, tokenizer, max_new=own.max_new_tokens, checkpointing=own.gradient_checkpointing)
+        reference = True if planned.world is None else _refers(planned)
+        found = doctor(policy, None, planned.model_dump(), prompts=prompts, reference=reference)
     print(json.dumps(found.as_dict(), indent=1, allow_nan=False) if as_json else "\n".join(found.lines()))
+    if measured:
+        from gruppo.runs.memory import main as measure
+
+        print(measure([f"world={planned.world}", *words]), file=sys.stderr if as_json else sys.stdout)
     return 1 if found.failed else 0
+
+
+def _refers(planned: Any) -> bool:
+    """Whether the recipe of the planned run has a reference model."""
+    from gruppo.runs.given import Given
+    from gruppo.runs.stages import recipe_of
+
+    return recipe_of(planned, Given()).reference is not None
 
 
 def _painting(planned: Any, source: Any, prompts: Sequence[Any] | None) -> Report:
@@ -129,11 +155,13 @@ def doctor(
     *,
     prompts: Sequence[Any] | None = None,
     rng: torch.Generator | None = None,
+    reference: bool | None = None,
 ) -> Report:
     """Measure every invariant on this policy; its weights, gradients and settings are left as they were found.
 
     `recipe` lends its loss and reduction to the gradient checks (GRPO without KL by default). `planned` holds the sections
-    "policy" and "fit" of the run's settings for the memory estimate. `prompts` should be like those of the run. A policy that
+    "policy" and "fit" of the run's settings for the memory estimate, `reference` whether the run has one (as `recipe` says when
+    not given). `prompts` should be like those of the run. A policy that
     paints is examined by `doctor_flow`.
     """
     if isinstance(policy, FlowPolicy):
@@ -166,7 +194,10 @@ def doctor(
     parts: dict[str, float] = {}
     if planned is not None:
         longest = max(len(policy.encode(p)) for p in prompts)
-        parts = memory(policy, planned, prompt=longest, reference=recipe is None or recipe.reference is not None)
+        refers = (recipe is None or recipe.reference is not None) if reference is None else reference
+        parts = memory(policy, planned, prompt=longest, reference=refers)
+        if (seen := _lengths(policy, prompts, sampling, rng)) is not None:
+            parts["peak now"] = memory(policy, planned, prompt=longest, reference=refers, lengths=seen)["peak"]
         checks.append(_fits(parts, policy.device))
     return Report(checks, parts, versions())
 
@@ -418,107 +449,14 @@ def versions() -> dict[str, str]:
 # -- memory -----------------------------------------------------------------------------------------------------------
 
 
-def memory(policy: Any, planned: Mapping[str, Any], *, prompt: int, reference: bool) -> dict[str, float]:
-    """MB that the planned run holds: constant parts, the sampler's, the trainer's, and the `peak` of them together.
-
-    Every path is taken to reach max_new_tokens. The resident memory of the embedded model was up to a third more (allocator).
-
-    Activations are measured, not guessed: what autograd keeps for two small blocks on this model, scaled to the largest
-    block of the run (a part that grows with the tokens and a part that grows with rows times length squared).
-    """
-    settings, fit = planned.get("policy", {}), planned.get("fit", {})
-    new = settings.get("max_new_tokens") or policy.max_new
-    rows = fit.get("prompts_per_step", 16) * fit.get("paths_per_prompt", 8)
-    together = min(rows, settings.get("sample_rows") or policy.sample_rows)
-    length = prompt + new
-    budget = min(fit.get("token_budget", 8192), rows * length)
-    number = 2 if low_precision(policy) else 4
-    every = sum(p.numel() * p.element_size() for p in policy.model.parameters())
-    trained = sum(p.numel() * p.element_size() for p in policy.parameters())
-    adapter = hasattr(policy.model, "disable_adapter")
-    vocabulary = policy.config.vocab_size
-    cache = together * _cache_row(policy.config, length + 64) * number
-    block_rows = max(1, budget // length)
-    kept, layer = _activations(policy, length)
-    activations = block_rows * kept
-    positions = min(block_rows * new, budget)
-    # logits, scaled logits, softmax and product for the entropy, a gradient; the reference reads while the policy's are kept
-    copies = (5 if policy.entropy else 4) + (3 if reference else 0)
-    head = min(positions * vocabulary, max(policy.head_elements, vocabulary)) * 4 * copies
-    parts = {
-        "weights": every,
-        "gradients": trained,
-        "optimizer": 2 * trained,
-        "reference": trained if reference and not adapter else 0,
-        "cache": cache,
-        "sampling logits": together * vocabulary * 4 * 5,
-        "activations": activations,
-        "head": head,
-        "backward": block_rows * layer,
-    }
-    constant = sum(parts[k] for k in ("weights", "gradients", "optimizer", "reference"))
-    sampling = parts["cache"] + parts["sampling logits"]
-    if policy.device.type == "cpu":  # the C library keeps what one phase freed, in pieces the next cannot use: phases add up
-        parts["peak"] = constant + sampling + parts["activations"] + parts["head"] + parts["backward"]
-    else:
-        parts["peak"] = constant + max(sampling, parts["activations"] + max(parts["head"], parts["backward"]))
-    return {name: round(value / MB, 2) for name, value in parts.items()}
-
-
-def _cache_row(config: Any, length: int) -> int:
-    """Numbers in the keys and values of one row."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    window = getattr(config, "sliding_window", None) or length
-    return sum(2 * heads * width * (min(length, window) if kind == "sliding_attention" else length) for kind in kinds)
-
-
-def _activations(policy: Any, length: int) -> tuple[float, float]:
-    """Bytes per row of `length` tokens that autograd keeps until backward, and that the widest layer's backward adds."""
-    short, long = 16, min(48, policy.context)
-    few, many = _kept(policy, short), _kept(policy, long)
-    square = max(0.0, (many / long - few / short) / (long - short))
-    linear = max(0.0, few / short - square * short)
-    kept = linear * length + square * length**2
-    config = policy.config
-    number = 2 if low_precision(policy) else 4
-    width = getattr(config, "intermediate_size", 4 * config.hidden_size)
-    layer = length * number * (3 * width + 2 * config.hidden_size)
-    if policy.checkpointing:  # one layer at a time is computed again, with all that it keeps
-        layer += _plain(policy, long) / long * length / config.num_hidden_layers
-    return kept, float(layer)
-
-
-def _kept(policy: Any, length: int) -> float:
-    parameters = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
-    seen: dict[int, int] = {}
-
-    def pack(x: Tensor) -> Tensor:
-        storage = x.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            seen[storage.data_ptr()] = storage.nbytes()
-        return x
-
-    ids = torch.zeros(2, length, dtype=torch.long, device=policy.device)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), policy._cast(), policy._training():
-        hidden = policy.head.hidden(ids)
-    del hidden
-    return sum(seen.values()) / len(ids)
-
-
-def _plain(policy: Any, length: int) -> float:
-    policy.checkpointing = False  # outside training mode transformers checkpoints nothing
-    try:
-        return _kept(policy, length)
-    finally:
-        policy.checkpointing = True
-
-
 def _fits(parts: dict[str, float], device: torch.device) -> Check:
     free = _free(device)
-    parted = ", ".join(f"{k} {v:.0f}" for k, v in sorted(parts.items(), key=lambda kv: -kv[1]) if k != "peak" and v >= 1)
-    says = f"the planned run needs about {parts['peak']:.0f} MB ({parted or 'all parts below 1'} MB)"
+    parted = ", ".join(
+        f"{k} {v:.0f}" for k, v in sorted(parts.items(), key=lambda kv: -kv[1]) if not k.startswith("peak") and v >= 1
+    )
+    now = f", {parts['peak now']:.0f} MB at the lengths that it writes now" if "peak now" in parts else ""
+    says = f"the planned run needs about {parts['peak']:.0f} MB when every completion has the full length{now} "
+    says += f"({parted or 'all parts below 1'} MB)"
     if free is not None and parts["peak"] > free:
         hint = "lower fit.token_budget or policy.sample_rows, or train an adapter (policy.lora)"
         return Check("memory", "warn", f"{says}, but {free:.0f} MB are free: {hint}", parts["peak"], free)
@@ -527,7 +465,7 @@ def _fits(parts: dict[str, float], device: torch.device) -> Check:
 
 def _free(device: torch.device) -> float | None:
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] / MB
+        return torch.cuda.mem_get_info(device)[0] / 2**20
     try:
         with open("/proc/meminfo") as file:
             return next(int(line.split()[1]) / 1024 for line in file if line.startswith("MemAvailable"))
@@ -552,6 +490,18 @@ def _sample(policy: Any, prompts: Sequence[Any], rng: torch.Generator) -> list[P
     longest = max(len(policy.encode(p)) for p in prompts)
     new = min(24, policy.context - longest)
     return policy.sample([p for p in prompts for _ in range(4)], g=rng, max_new=new)
+
+
+def _lengths(policy: Any, prompts: Sequence[Any], rate: float, rng: torch.Generator) -> list[int] | None:
+    """How long completions are now, longest first; None where trying would take long at `rate` tokens per second."""
+    some = [p for p in prompts for _ in range(4) if len(policy.encode(p)) + policy.max_new <= policy.context]
+    if not some or len(some) * policy.max_new > PATIENCE * rate:
+        return None
+    counts = policy.counts.copy()
+    lengths = sorted((len(p) for p in policy.sample(some, g=rng)), reverse=True)
+    policy.counts.clear()
+    policy.counts.update(counts)
+    return lengths
 
 
 def _batch(paths: list[Path], rng: torch.Generator) -> Batch:
@@ -617,10 +567,6 @@ def _untouched(policy: Any) -> Iterator[None]:
         policy.temperature = temperature
         for p, grad in zip(policy.parameters(), grads):
             p.grad = grad
-
-
-def low_precision(policy: Any) -> bool:
-    return policy.autocast is not None or next(policy.model.parameters()).dtype in (torch.bfloat16, torch.float16)
 
 
 def largest(x: Tensor) -> float:
