@@ -79,9 +79,11 @@ class _Linear(torch.autograd.Function):
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, by oneDNN where that is exact and pays."""
     work = 2 * x.numel() * w.shape[0]
+    if work < LEAST_READ:
+        return F.linear(x, w, bias)
     kept = torch.is_grad_enabled() and (x.requires_grad or w.requires_grad or (bias is not None and bias.requires_grad))
     if (
-        work < (LEAST if kept else LEAST_READ)
+        (kept and work < LEAST)
         or not (x.dtype == w.dtype == torch.float32)
         or not (x.device.type == w.device.type == "cpu")
         or type(x) is not Tensor

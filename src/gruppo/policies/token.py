@@ -473,7 +473,11 @@ class TokenPolicy:
     ) -> Iterator[list[int]]:
         """Rows of one forward each, no unit torn apart, in blocks of at most `size` tokens that are really computed."""
         rest = []
-        queue = deque(prefix.neighbours(units, prompts, steps, self.cost.least) if self.cost is not None else [])
+        longest = max((len(prompts[r]) + len(steps[r]) for unit in units for r in unit), default=0)
+        cost = self.cost
+        if cost is not None and not cost.worth(cost.ordinary(sum(map(len, units)), longest)):
+            cost = None  # nor is any part of them; looking for common beginnings would cost a tiny model more than it saves
+        queue = deque(prefix.neighbours(units, prompts, steps, cost.least) if cost is not None else [])
         while queue:
             some, count = [queue.popleft()], 0
             count = some[0].alone
@@ -490,7 +494,7 @@ class TokenPolicy:
                 yield rows
             else:
                 rest += [unit.rows for unit in some]
-        if self.cost is None:
+        if cost is None:
             rest = units
         for block in blocks([max(len(prompts[r]) + len(steps[r]) for r in unit) * len(unit) for unit in rest], size):
             yield [r for i in block for r in rest[i]]
