@@ -28,6 +28,7 @@ from gruppo.worlds.glyphs import (
     judge,
     key,
     look,
+    mistold,
     outline,
     patches,
     task_of,
@@ -244,6 +245,25 @@ def test_what_is_no_picture_of_this_size_is_a_sentence():
 
 
 # -- the base model
+
+
+def test_the_captions_it_learns_from_are_as_often_wrong_as_the_world_says():
+    random = Random(0)
+    tasks = [GLYPHS.problem(random) for _ in range(4000)]
+    shown = [mistold(task, random) for task in tasks]
+    for name, share in (("count", 0.2), ("colour", 0.3), ("position", 0.2), ("shape", 0.0)):
+        pairs = [(t, s) for t, s in zip(tasks, shown) if name != "position" or t.extra[name] in POSITIONS]
+        wrong = sum(t.extra[name] != s.extra[name] for t, s in pairs) / len(pairs)
+        assert wrong == pytest.approx(share, abs=0.03 if share else 0), name
+    assert all(s.extra["position"] == "anywhere" for t, s in zip(tasks, shown) if t.extra["position"] == "anywhere")
+
+
+def test_a_lesson_shows_the_mistold_picture_under_the_caption_that_was_drawn():
+    """The pictures of one world's lessons are the other's, the captions are not."""
+    black = replace(GLYPHS, shown=lambda task, random: task_of(1, "black", "square", "left"))
+    pictures, prompts = black._lessons(0, 1)
+    assert len(set(prompts)) > 1
+    assert all(verdict(p, task_of(1, "black", "square", "left"))["correct"] == 1 for p in pictures)
 
 
 def test_a_build_gives_the_same_bytes_again(tmp_path):

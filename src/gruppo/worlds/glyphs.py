@@ -3,9 +3,10 @@
     two red squares at the left         three blue circles        one green triangle at the top
 
 A picture is right when everything that was asked holds: that many things, all of that shape and colour, all their centres in
-that half of the picture, on a plain ground. The base model knows colours and sides; it paints too few or too many things, runs
-them together, and leaves shapes half done. The verifier sees pixels only: things are connected patches that differ from the
-ground, and a shape is the ideal outline that a patch covers best.
+that half of the picture, on a plain ground. The base model learned from captions that do not always say what the picture shows,
+as captions from the web do: it paints another colour, number or side than was asked, runs things together, and leaves shapes
+half done. The verifier sees pixels only: things are connected patches that differ from the ground, and a shape is the ideal
+outline that a patch covers best.
 """
 
 from __future__ import annotations
@@ -64,6 +65,19 @@ def task_of(count: int, colour: str, shape: str, position: str = ANYWHERE) -> Ta
         answer={"count": count, "colour": colour, "shape": shape, "position": position},
         extra={"difficulty": count, "shape": shape, "colour": colour, "count": count, "position": position},
     )
+
+
+CHOICES: dict[str, tuple[Any, ...]] = {"count": (1, 2, 3), "colour": tuple(COLOURS), "position": tuple(POSITIONS)}
+MISTOLD = {"count": 0.2, "colour": 0.3, "position": 0.2}  # shares of the base model's captions that are wrong about it
+
+
+def mistold(task: Task, random: Random) -> Task:
+    """What the picture really shows under this caption; a caption that names no position is not wrong about it."""
+    shows = {name: task.extra[name] for name in (*CHOICES, "shape")}
+    for name, share in MISTOLD.items():
+        if random.random() < share and shows[name] in CHOICES[name]:
+            shows[name] = random.choice([choice for choice in CHOICES[name] if choice != shows[name]])
+    return task_of(shows["count"], shows["colour"], shows["shape"], shows["position"])
 
 
 def key(task: Task) -> str:
@@ -336,6 +350,7 @@ class PictureWorld(Problems):
     problem: Callable[[Random], Task]
     key: Callable[[Task], str]  # equal for prompts that ask for the same; decides train or held-out
     draw: Callable[[Task, Random], Image.Image]  # a picture that is right
+    shown: Callable[[Task, Random], Task]  # what is drawn under a caption that the base model learns from
     verify: tuple[Grader, ...]
     weights: Mapping[str, float]
     base: Path
@@ -398,29 +413,31 @@ class PictureWorld(Problems):
     def _lessons(self, seed: int, step: int) -> tuple[list[Image.Image], list[str]]:
         random = Random(f"{self.name} base {seed} {step}")
         tasks = [self._draw(random, held_out=False) for _ in range(self.course.batch)]
-        return [self.draw(task, random) for task in tasks], [task.prompt for task in tasks]
+        return [self.draw(self.shown(task, random), random) for task in tasks], [task.prompt for task in tasks]
 
 
 GLYPHS = PictureWorld(
     name="glyphs",
-    sentence="pictures of 1 to 3 coloured shapes; the base model gets the number or the shape wrong",
+    sentence="pictures of 1 to 3 coloured shapes; the base model learned from captions that are often wrong",
     problem=problem,
     key=key,
     draw=draw,
+    shown=mistold,
     verify=(Verifier(),),
     # Where no picture of a prompt is right the parts still tell better from worse; without `plain` the ground drifts until
     # nothing is right any more, and then nothing says why.
     weights={"correct": 1.0, "shape": 0.3, "colour": 0.1, "count": 0.2, "position": 0.1, "plain": 2.0},
     base=Path(__file__).parent / "glyphs_base",
     config=GlyphConfig(words=WORDS),
-    course=Training(steps=1900),
+    course=Training(steps=4000),
     defaults={
-        "policy": {"denoising_steps": 8},
+        # The layers between pixels and tokens stay: noise is drawn on every pixel, and they would learn what it looked like.
+        "policy": {"denoising_steps": 8, "trained": ["words", "read", "level", "blocks", "adapt"]},
         "fit": {
-            "steps": 80,
+            "steps": 70,
             "prompts_per_step": 6,
             "paths_per_prompt": 16,
-            "learning_rate": 2e-4,
+            "learning_rate": 1e-3,
             "warmup_steps": 5,
             "decay_to": 0.1,
         },
