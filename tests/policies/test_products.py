@@ -11,8 +11,11 @@ from torch.nn import functional as F
 
 from gruppo import bench
 from gruppo.policies import prefix, products, tiles
+from gruppo.policies.flow import FlowPolicy
+from gruppo.policies.painters import load_painter
 from gruppo.policies.token import TokenPolicy
 from gruppo.types import GruppoError
+from gruppo.worlds import WORLDS
 from gruppo.worlds.tokenizer import tokenizer
 
 pytestmark = pytest.mark.skipif(not products.usable(), reason="this build of torch has no oneDNN")
@@ -156,3 +159,17 @@ def test_training_by_onednn_has_the_loss_and_gradient_of_training_without(checkp
     mine, theirs = (torch.cat([g.flatten() for g in bench.gradient(s.model).values()]) for s in sides)
     assert float((mine - theirs).norm() / theirs.norm()) < 1e-5
     assert not torch.equal(mine, theirs), "both sides ran the same products"
+
+
+def test_a_painter_by_onednn_predicts_what_it_predicts_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "LEAST", 0)
+    monkeypatch.setattr(products, "LEAST_READ", 0)
+    found = []
+    for onednn in (False, True):
+        policy = FlowPolicy(load_painter(WORLDS["glyphs"].base, dtype=torch.float32, device="cpu"), steps=2, onednn=onednn)
+        x = policy.noise(2, torch.Generator().manual_seed(0))
+        v = policy.velocity(x, torch.tensor([0.9, 0.5]), [WORLDS["glyphs"].task(0, 0).prompt] * 2, counted="sampled")
+        found.append((v.detach(), *torch.autograd.grad(v.square().mean(), list(policy.parameters()))))
+    for mine, theirs in zip(*found):
+        close(mine, theirs)
+    assert not torch.equal(found[0][0], found[1][0]), "both sides ran the same products"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import Any, Protocol, runtime_checkable
@@ -19,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from gruppo.policies import products
 from gruppo.policies.kernels import DDIM, FlowSDE, History, Kernel, Solver, over
 from gruppo.types import Batch, GruppoError, Path, Reference, Scope, Steps
 
@@ -147,6 +149,7 @@ class FlowPolicy:
         cfg: CFG | None = None,
         rows: int = 64,
         autocast: torch.dtype | None = None,
+        onednn: bool | None = None,  # large float32 products by oneDNN; None: where it is known to be the faster one
     ) -> None:
         if steps < 1:
             raise GruppoError(f"the policy is to paint in {steps} steps; it needs at least 1")
@@ -156,6 +159,9 @@ class FlowPolicy:
         self.counts: Counter[str] = Counter()
         self._conditions: dict[Hashable, Any] = {}
         self._bytes = 0  # of the conditions
+        again = any(getattr(m, "gradient_checkpointing", False) for m in painter.model.modules())  # in backward, outside `with`
+        quick = products.chosen(onednn) and self.device.type == "cpu" and not again
+        self.linears = products.Linears(painter.model) if quick else None
         painter.model.eval()  # dropout would make the ratio differ from 1 before the first update
 
     @property
@@ -337,7 +343,8 @@ class FlowPolicy:
         conditions = self.conditions(prompts)
         guided = self.cfg is not None and self.cfg.scale != 1
         empty = self.conditions([self.cfg.negative]) * len(x) if self.cfg is not None and guided else []
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        multiply = nullcontext() if self.linears is None else self.linears()
+        with multiply, torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             if self.cfg is None or not guided:
                 return self.painter.predict(x, sigma, conditions).float()
             if self.cfg.detach:

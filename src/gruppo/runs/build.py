@@ -169,4 +169,5 @@ def painting_policy(config: RunConfig, model: Any, peft_config: Any) -> FlowPoli
         cfg=cfg,
         rows=own.sample_rows,
         autocast=torch.bfloat16 if own.autocast else None,
+        onednn=own.onednn,
     )
