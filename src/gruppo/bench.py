@@ -419,7 +419,7 @@ def profile(work: Work, rounds: int = 3) -> dict[str, list[float]]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
         for _ in range(rounds):
             side.train(batch)
-    spent = dict.fromkeys(PARTS, 0.0)
+    spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for event in seen.events() or ():
         spent[part_of(event)] += float(event.self_cpu_time_total)
     need, rate = operations(work), gemm()[0]
