@@ -173,3 +173,25 @@ def test_a_painter_by_onednn_predicts_what_it_predicts_without(monkeypatch: pyte
     for mine, theirs in zip(*found):
         close(mine, theirs)
     assert not torch.equal(found[0][0], found[1][0]), "both sides ran the same products"
+
+
+def test_row_counts_are_filled_up_to_few_numbers() -> None:
+    """oneDNN keeps half a megabyte for every shape that it has seen."""
+    shapes = {products.rounded(n) for n in range(1, 8193)}
+    assert len(shapes) <= 64
+    assert all(n <= products.rounded(n) <= max(8 * -(-n // 8), n + n // 8) for n in range(1, 8193))
+
+
+def test_products_of_all_lengths_start_few_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[tuple[int, ...]] = set()
+    own = products.product
+
+    def watched(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
+        seen.add((*x.shape, *w.shape))
+        return own(x, w, bias)
+
+    monkeypatch.setattr(products, "product", watched)
+    w = torch.randn(256, 256, requires_grad=True)
+    for n in range(257, 513, 5):
+        products.linear(torch.randn(n, 256, requires_grad=True), w).sum().backward()
+    assert 0 < len(seen) <= 3 * 8

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
 from gruppo.policies.decode import Rows
+from gruppo.policies.products import filled, rounded
 
 KNOWN = {f"transformers.models.{name.lower()}.modeling_{name.lower()}": name for name in ("Qwen2", "Qwen3", "Llama")}
 STATIC = {"default", "linear", "llama3", "yarn"}  # rotary bases that depend on the position alone
@@ -144,7 +145,8 @@ class Maps:
 
     def __call__(self, x: Tensor) -> Tensor:
         if self.weight is not None:
-            return _MAP(x, self.weight, self.bias, "none", [], "")
+            # rows leave one by one, and oneDNN keeps what it prepares for every number of them
+            return _MAP(filled(x, rounded(len(x))), self.weight, self.bias, "none", [], "")[: len(x)]
         out = [m(x) for m in self.maps]
         return out[0] if len(out) == 1 else torch.cat(out, -1)
 

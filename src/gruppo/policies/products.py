@@ -2,7 +2,8 @@
 
 torch multiplies by MKL, which uses AVX-512 on Intel's processors alone; on others that have it, oneDNN, which every build of
 torch for x86 holds, is about twice as fast. The numbers are those of another order of summation. A shape that oneDNN has not
-seen costs it about 0.4 ms, so small products stay with torch.
+seen costs it about a millisecond and half a megabyte that it keeps, so small products stay with torch, and rows are filled up
+with zeros to round numbers: paths of all lengths would otherwise take another gigabyte in some thirty steps.
 """
 
 from __future__ import annotations
@@ -51,6 +52,21 @@ def chosen(wanted: bool | None) -> bool:
     return faster() if wanted is None else wanted
 
 
+def rounded(n: int) -> int:
+    """n or the next number of four binary digits and zeros behind them; at least a multiple of 8."""
+    step = max(8, 2 ** (n.bit_length() - 4))
+    return -(-n // step) * step
+
+
+def filled(x: Tensor, rows: int) -> Tensor:
+    """x [n, K] with zeros below it up to so many rows; x itself where it has them."""
+    if len(x) == rows:
+        return x
+    out = x.new_empty(rows, x.shape[1])
+    out[: len(x)], out[len(x) :] = x, 0
+    return out
+
+
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., K] times w [N, K] transposed, by oneDNN. A `w` that is neither contiguous nor the transpose of a contiguous one
     would run hundreds of times slower, so it is copied."""
@@ -63,17 +79,23 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, w)
-        return product(x, w, bias)
+        return _read(x, w, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, w = ctx.saved_tensors
         here, there, also = ctx.needs_input_grad
-        g = grad.reshape(-1, grad.shape[-1])
-        dx = product(g, w.T).view(x.shape) if here else None
-        dw = product(g.T, x.reshape(-1, x.shape[-1]).contiguous().T) if there else None
+        n = x.numel() // x.shape[-1]
+        g = filled(grad.reshape(n, -1), rounded(n))
+        dx = product(g, w.T)[:n].view(x.shape) if here else None
+        dw = product(g.T, filled(x.reshape(n, -1), len(g)).contiguous().T) if there else None
         return dx, dw, g.sum(0) if also else None
+
+
+def _read(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    n = x.numel() // x.shape[-1]
+    return product(filled(x.reshape(n, -1), rounded(n)), w, bias)[:n].view(*x.shape[:-1], -1)
 
 
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -92,7 +114,7 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
         or torch.compiler.is_compiling()
     ):
         return F.linear(x, w, bias)
-    return _Linear.apply(x, w, bias) if kept else product(x, w, bias)  # pyright: ignore[reportReturnType]
+    return _Linear.apply(x, w, bias) if kept else _read(x, w, bias)  # pyright: ignore[reportReturnType]
 
 
 def _forward(module: Any, x: Tensor) -> Tensor:
