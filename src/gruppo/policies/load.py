@@ -83,8 +83,8 @@ def train_only(model: Any, beginnings: list[str]) -> None:
     if unknown or not beginnings:
         parts = list(dict.fromkeys(".".join(name.split(".")[:2]) for name in weights))
         raise GruppoError(
-            f"policy.trained {unknown or beginnings}: no weight's name begins so; names of this {type(model).__name__} begin with "
-            f"{', '.join(parts[:12])}{' and others' if len(parts) > 12 else ''}"
+            f"policy.trained {unknown or beginnings}: no weight's name begins so; names of this {type(model).__name__} begin "
+            f"with {', '.join(parts[:12])}{' and others' if len(parts) > 12 else ''}"
         )
     for name, weight in weights.items():
         weight.requires_grad_(weight.requires_grad and name.startswith(tuple(beginnings)))
