@@ -45,6 +45,12 @@ def test_messages_without_a_chat_template_are_refused():
         policy.encode(MESSAGES)
 
 
+def test_a_picture_in_a_message_is_refused_instead_of_left_unseen():
+    seen = [{"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "what is it?"}]}]
+    with pytest.raises(GruppoError, match="a part of the type image, but this policy reads text alone"):
+        tiny_policy().encode(seen)
+
+
 def test_an_empty_prompt_is_refused():
     with pytest.raises(GruppoError, match="encodes to no token at all"):
         tiny_policy().sample([""], g=rng())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -231,3 +232,26 @@ def test_only_the_named_weights_of_a_painter_train(tmp_path: Path) -> None:
     made = run(tmp_path, policy={**SMALL["policy"], "trained": ["blocks.1"]}, fit={**SMALL["fit"], "steps": 1})
     now, base = dict(made.policy.model.named_parameters()), load_painter(GLYPHS.base).model.named_parameters()
     assert {name for name, weight in base if not torch.equal(weight, now[name])} == {n for n in now if n.startswith("blocks.1")}
+
+
+def test_compiling_without_a_compiler_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(GruppoError, match=r"no C\+\+ compiler here \(no-such-compiler\)"):
+        run(tmp_path, policy={**SMALL["policy"], "compile": True})
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # what torch.compile warns of is its own
+def test_a_compiled_network_trains_as_the_eager_one(tmp_path: Path) -> None:
+    plain, quick = (
+        run(tmp_path / str(on), policy={**SMALL["policy"], "compile": on}, fit={**SMALL["fit"], "steps": 1})
+        for on in (False, True)
+    )
+    for a, b in zip(plain.policy.parameters(), quick.policy.parameters()):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+    a, b = (r.folder.records(r.folder.metrics)[0] for r in (plain, quick))
+    assert b["reward"] == pytest.approx(a["reward"], abs=1e-3)
+    assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2)
+    assert quick.policy.model._compiled_call_impl is not None
+    assert quick.folder.checkpoint(1).joinpath("model.safetensors").exists()

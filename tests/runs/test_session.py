@@ -409,3 +409,10 @@ def test_tokens_count_what_was_sampled_and_failed_grades_are_recorded(tmp_path: 
     assert record["tokens"] > 1.5 * kept
     assert record["tokens_per_s"] == pytest.approx(record["tokens"] / record["seconds"])
     assert record["failures"] == {"odd: late": 4}
+
+
+def test_the_settings_of_the_sampler_s_room_arrive_and_compiling_text_is_refused(tmp_path: Path) -> None:
+    run = session(tmp_path, policy={"sample_rows": 3, "sample_tokens": 77})
+    assert (run.policy.sample_rows, run.policy.sample_tokens) == (3, 77)
+    with pytest.raises(GruppoError, match=r"policy\.compile is for image models"):
+        session(tmp_path, policy={"compile": True})

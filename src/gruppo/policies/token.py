@@ -77,6 +77,7 @@ class TokenPolicy:
         self.head = Head.of(model)
         quick = products.chosen(onednn) and self.device.type == "cpu"
         self.linears = products.Linears(model) if quick else None
+        self.head.onednn = quick
         self.cost = None if sharing is None else prefix.Cost.of(model, sharing, quick)
         self.distrusted: dict[prefix.Form, str] = {}  # forms of the packed forward that this model may not use, and why
         self._compared: set[prefix.Form] = set()
@@ -98,6 +99,12 @@ class TokenPolicy:
         if isinstance(prompt, str):
             ids = self.tokenizer(prompt)["input_ids"]
         else:
+            shown = sorted({part["type"] for part in _parts(prompt)} - {"text"})
+            if shown:
+                raise GruppoError(
+                    f"a message of the prompt holds a part of the type {', '.join(shown)}, but this policy reads text alone; its "
+                    "template would put a mark in the prompt and leave what it stands for unseen"
+                )
             if not getattr(self.tokenizer, "chat_template", None):
                 raise GruppoError("the prompt is a list of chat messages, but this tokenizer has no chat template")
             text = self.tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
@@ -555,6 +562,7 @@ class Head:
 
     def __init__(self, model: Any, finish: Any) -> None:
         self.model, self.finish = model, finish
+        self.onednn = False  # for large products; whether a policy takes it is said by `products`
 
     @staticmethod
     @torch.no_grad()
@@ -562,7 +570,7 @@ class Head:
         cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         forms = [_same]
         if cap:
-            forms.insert(0, lambda x: cap * torch.tanh(x / cap))
+            forms.insert(0, lambda logits: cap * torch.tanh(logits / cap))
         ids = torch.arange(4, device=next(model.parameters()).device)[None] % model.config.get_text_config().vocab_size
         own = model(input_ids=ids, use_cache=False).logits.float()
         for finish in forms:
@@ -609,7 +617,7 @@ class Head:
         """log p(target) and the entropy at N positions, at most `elements` logits at a time."""
         parts = self._parts()
         if self.finish is _same and parts is not None and heads.plain(parts[1]):
-            return heads.read(hidden, parts[1].weight, target, temperature, elements, entropy)
+            return heads.read(hidden, parts[1].weight, target, temperature, elements, entropy, self.onednn)
 
         def piece(h: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             logits = h if self.finish is None else self.finish(self._project(h))
@@ -631,6 +639,12 @@ class Head:
             ]
             logp, H = torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
         return logp, (H.detach() if entropy else None)
+
+
+def _parts(messages: Any) -> list[dict[str, Any]]:
+    """The parts of messages whose content is a list of parts."""
+    contents = [m.get("content") for m in messages if isinstance(m, dict)]
+    return [part for c in contents if isinstance(c, list) for part in c if isinstance(part, dict) and "type" in part]
 
 
 def _same(logits: Tensor) -> Tensor:

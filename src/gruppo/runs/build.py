@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,11 @@ def build_policy(config: RunConfig, model: Any = None, tokenizer: Any = None, pe
             )
         return painting_policy(config, model, peft_config)
     _fits(config, "text")
+    if config.policy.compile:
+        raise GruppoError(
+            "policy.compile is for image models: the shapes of a text model's forward differ from call to call, and each would "
+            "be compiled anew; remove it"
+        )
     own, world, source = config.policy, world_of(config), source_of(config, model)
     loaded = load_model(source, dtype=DTYPES[own.dtype], device=own.device)
     named = source if isinstance(source, (str, Path)) else getattr(source, "name_or_path", "")
@@ -78,6 +85,7 @@ def build_policy(config: RunConfig, model: Any = None, tokenizer: Any = None, pe
         autocast=torch.bfloat16 if own.autocast else None,
         checkpointing=own.gradient_checkpointing,
         sample_rows=own.sample_rows,
+        sample_tokens=own.sample_tokens,
         onednn=own.onednn,
     )
     policy = with_engine(policy, config)
@@ -157,6 +165,8 @@ def painting_policy(config: RunConfig, model: Any, peft_config: Any) -> FlowPoli
         painter.model = with_adapter(painter.model, adapter, config.fit.seed)
     elif own.trained is not None:
         train_only(painter.model, own.trained)
+    if own.compile:
+        compiled(painter.model)
     embedded = getattr(painter, "embeds_guidance", False)  # the network reads the scale itself and needs one call, not two
     cfg = None
     if own.guidance is not None and own.guidance != 1 and not embedded:
@@ -169,5 +179,16 @@ def painting_policy(config: RunConfig, model: Any, peft_config: Any) -> FlowPoli
         cfg=cfg,
         rows=own.sample_rows,
         autocast=torch.bfloat16 if own.autocast else None,
-        onednn=own.onednn,
+        onednn=False if own.compile else own.onednn,  # the compiler chooses its own products
     )
+
+
+def compiled(network: torch.nn.Module) -> None:
+    """The network's calls go through torch.compile; names and checkpoints stay as they are."""
+    names = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    if next(network.parameters()).device.type == "cpu" and not any(map(shutil.which, names)):
+        raise GruppoError(
+            f"policy.compile is on, but there is no C++ compiler here ({' or '.join(names)}), which torch.compile needs on a "
+            "CPU; install one, or remove policy.compile"
+        )
+    network.compile()

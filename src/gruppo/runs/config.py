@@ -61,8 +61,12 @@ class PolicySection(Section):
     temperature: float = 1.0
     device: str = "auto"  # cuda where there is one, else cpu
     threads: int | None = Field(None, ge=1)  # torch threads; measured at the start of the run when not given
+    compile: bool = False  # the network of an image model by torch.compile; needs a C++ compiler on a CPU
     onednn: bool | None = None  # large float32 products of training on a CPU by oneDNN; where known to be faster if not given
-    sample_rows: int = Field(256, ge=1)  # paths that decode together: bounds the key-value cache
+    sample_rows: int = Field(256, ge=1)  # paths that decode together
+    sample_tokens: int | None = Field(
+        None, ge=1
+    )  # places of the key-value cache for them, prompt and all; no bound when not given
     top_p: float | None = None
     top_k: int | None = None
     denoising_steps: int | None = Field(None, ge=1)  # of an image model while it trains
