@@ -7,6 +7,9 @@ With z = h W^T / T, lse = log sum_v exp z_v and p = exp(z - lse):
 The gradient with respect to log p is known only after the loss, so forward keeps one number per position (lse) beside the
 hidden states, and backward turns the logits into the gradient in place: two products, no other array of that size. Logits of
 up to `elements` numbers are kept for that; more are formed in pieces, and formed again in backward.
+
+Large products in float32 go through oneDNN where the policy takes it (`products`). Every piece but the last has a round number
+of rows, and the last is filled up to one.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Linear
+
+from gruppo.policies import products
 
 PIECE = 2**21  # logits formed at once where they are not kept; larger pieces leave the caches of a CPU
 
@@ -27,34 +32,48 @@ def plain(project: Any) -> bool:
 
 
 def read(
-    hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, elements: int, entropy: bool
+    hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, elements: int, entropy: bool, onednn: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """log p [N], differentiable once, and the entropy [N], a constant, of the targets [N] after hidden states [N, D]."""
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    logp, H = _Read.apply(hidden, weight, target, temperature, elements, entropy, dtype)  # pyright: ignore[reportGeneralTypeIssues]
+    own = type(weight) in (Tensor, torch.nn.Parameter)  # a shard or a quantised weight has products of its own
+    quick = onednn and own and kind == "cpu" and dtype == torch.float32
+    logp, H = _Read.apply(hidden, weight, target, temperature, elements, entropy, dtype, quick)  # pyright: ignore[reportGeneralTypeIssues]
     return logp, H if entropy else None
 
 
 class _Read(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, target: Tensor, temperature: float, elements: int, entropy: bool, dtype: Any
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        temperature: float,
+        elements: int,
+        entropy: bool,
+        dtype: Any,
+        quick: bool,
     ) -> tuple[Tensor, Tensor]:
         h, w = hidden.to(dtype), weight.to(dtype)
         rows = max(1, min(elements, PIECE if h.device.type == "cpu" else elements) // len(w))
+        quick = quick and rows >= 8 and 2 * min(rows, len(h)) * w.numel() >= products.LEAST
+        if quick:
+            rows = products.floored(rows)
         keeps = len(h) * len(w) <= elements and any(ctx.needs_input_grad)
         kept = torch.empty(len(h), len(w), dtype=_exact(dtype), device=h.device) if keeps else None
         lse, logp, H = (torch.empty(len(h), dtype=_exact(dtype), device=h.device) for _ in range(3))
         for at in range(0, len(h), rows):
             here = slice(at, at + rows)
-            z = _logits(h[here], w, temperature, None if kept is None else kept[here])
+            z = _logits(h[here], w, temperature, quick, None if kept is None else kept[here])
             norm = lse[here] = z.logsumexp(-1)
             logp[here] = z.gather(-1, target[here, None])[:, 0] - norm
             if entropy:
                 H[here] = norm - torch.linalg.vecdot((z - norm[:, None]).exp_(), z)
         ctx.save_for_backward(hidden, weight, target, lse)
         ctx.kept, ctx.rows, ctx.temperature, ctx.dtype = kept, rows, temperature, dtype
+        ctx.quick, ctx.elements = quick, elements
         ctx.mark_non_differentiable(H)
         return logp, H
 
@@ -69,24 +88,32 @@ class _Read(torch.autograd.Function):
         share = grad / ctx.temperature
         for at in range(0, len(h), ctx.rows):
             here = slice(at, at + ctx.rows)
-            z = _logits(h[here], w, ctx.temperature) if kept is None else kept[here]
+            z = _logits(h[here], w, ctx.temperature, ctx.quick) if kept is None else kept[here]
             z.sub_(lse[here, None]).exp_().mul_(-share[here, None])
             z.scatter_add_(-1, target[here, None], share[here, None])
             z = z.to(ctx.dtype)
+            n, own = len(z), h[here]
+            if ctx.quick:
+                z, own = (products.filled(x, products.rounded(n)) for x in (z, own))
             if to_hidden is not None:
-                to_hidden[here] = z @ w
+                to_hidden[here] = products.product(z, w.T)[:n] if ctx.quick else z @ w
             if ctx.needs_input_grad[1]:
                 if to_weight is None:
                     to_weight = torch.zeros_like(w, dtype=weight.dtype)
-                if w.dtype == to_weight.dtype:
-                    to_weight.addmm_(z.T, h[here])
+                if ctx.quick and w.numel() <= ctx.elements:  # the product stands beside the sum: no larger than logits
+                    to_weight += products.product(z.T, own.T)
+                elif w.dtype == to_weight.dtype:
+                    to_weight.addmm_(z.T, own)
                 else:
-                    to_weight += z.T @ h[here]
-        return to_hidden, to_weight, None, None, None, None, None
+                    to_weight += z.T @ own
+        return to_hidden, to_weight, None, None, None, None, None, None
 
 
-def _logits(h: Tensor, w: Tensor, temperature: float, out: Tensor | None = None) -> Tensor:
-    if out is not None and out.dtype == h.dtype:
+def _logits(h: Tensor, w: Tensor, temperature: float, quick: bool, out: Tensor | None = None) -> Tensor:
+    if quick:
+        z = products.product(products.filled(h, products.rounded(len(h))), w)[: len(h)]
+        z = z if out is None else out.copy_(z)
+    elif out is not None and out.dtype == h.dtype:
         z = torch.mm(h, w.T, out=out)
     else:
         z = (h @ w.T).to(_exact(h.dtype))

@@ -58,6 +58,12 @@ def rounded(n: int) -> int:
     return -(-n // step) * step
 
 
+def floored(n: int) -> int:
+    """The largest round number up to n >= 8."""
+    step = max(8, 2 ** (n.bit_length() - 4))
+    return n // step * step
+
+
 def filled(x: Tensor, rows: int) -> Tensor:
     """x [n, K] with zeros below it up to so many rows; x itself where it has them."""
     if len(x) == rows:
