@@ -570,6 +570,26 @@ def test_blocks_count_every_shared_token_once(shape: str, budget: int) -> None:
     assert sorted(rows) == sorted(id(p) for p, m in zip(some.paths, some.mask) if m.any())
 
 
+def test_stretches_too_short_to_share_count_against_the_budget_and_no_path_is_lost() -> None:
+    policy = policy_of(sharing=PADDED)
+    assert policy.cost is not None
+    assert policy.cost.least == 3
+    p = tokens(10, 1)
+    ends = [[5, 6, n, 8, 9] for n in range(10, 16)] + [[7, 5, 6, 8, 9]]  # six begin alike for two tokens, computed six times
+    some = collate([Group(Task(p), [path(p, torch.tensor(e)) for e in ends], advantage=torch.zeros(7, 5))])
+    policy.evaluate(some)  # the comparison before the first use is over
+    count = Count(policy)
+    policy.evaluate(some)
+    assert count.tokens == 10 + 7 * 4
+    found = []
+    for part in policy.split(some, "path", 35):  # so many different tokens, but 38 that are computed
+        count.clear()
+        policy.evaluate(part)
+        assert count.tokens <= 35
+        found += [id(p) for p in part.paths]
+    assert sorted(found) == sorted(id(p) for p in some.paths)
+
+
 def test_a_group_fits_where_its_rows_in_full_would_not() -> None:
     plain, sharing = pair()
     p = tokens(60, 1)
