@@ -194,7 +194,7 @@ def test_checkpointing_that_a_network_does_not_have_is_refused(tmp_path: Path) -
 
 def test_an_adapter_that_no_checkpoint_could_hold_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GruppoError, match=r"policy\.lora is set, but a GlyphPainter names no lora_targets"):
-        run(tmp_path, policy={**SMALL["policy"], "trained": None, "lora": {"rank": 2, "targets": ["qkv"]}})
+        run(tmp_path, policy={**SMALL["policy"], "lora": {"rank": 2, "targets": ["qkv"]}})
 
 
 def test_a_checkpoint_is_a_model_of_its_own(done: Session, tmp_path: Path) -> None:
@@ -255,3 +255,13 @@ def test_a_compiled_network_trains_as_the_eager_one(tmp_path: Path) -> None:
     assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-2)
     assert quick.policy.model._compiled_call_impl is not None
     assert quick.folder.checkpoint(1).joinpath("model.safetensors").exists()
+
+
+def test_what_the_painter_names_trains_unless_the_run_says_otherwise(tmp_path: Path) -> None:
+    usual, whole = (
+        painting_policy(assemble({**SMALL, "policy": {**SMALL["policy"], "trained": named}}), None, None)
+        for named in (None, [""])
+    )
+    names = {n for n, w in usual.model.named_parameters() if w.requires_grad}
+    assert {n.split(".")[0] for n in names} == set(usual.painter.trained)
+    assert all(w.requires_grad for w in whole.model.parameters())

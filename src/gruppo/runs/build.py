@@ -17,6 +17,7 @@ from gruppo.runs.config import RunConfig
 from gruppo.types import GruppoError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+ALL = [""]  # what every name begins with
 DENOISING_STEPS = 10  # of training, where neither the run nor its world says so (Flow-GRPO's number)
 
 
@@ -163,8 +164,8 @@ def painting_policy(config: RunConfig, model: Any, peft_config: Any) -> FlowPoli
         targets = usual if own.lora.targets == "all-linear" else own.lora.targets
         adapter = lora_config(own.lora.rank, own.lora.alpha, targets, None)
         painter.model = with_adapter(painter.model, adapter, config.fit.seed)
-    elif own.trained is not None:
-        train_only(painter.model, own.trained)
+    else:
+        train_only(painter.model, getattr(painter, "trained", ALL) if own.trained is None else own.trained)
     if own.compile:
         compiled(painter.model)
     embedded = getattr(painter, "embeds_guidance", False)  # the network reads the scale itself and needs one call, not two

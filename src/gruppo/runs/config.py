@@ -55,7 +55,7 @@ class PolicySection(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights that are trained
     autocast: bool = False  # bfloat16 activations over float32 weights
     lora: Lora | None = None
-    trained: list[str] | None = None  # beginnings of the names of the weights that train; all when not given
+    trained: list[str] | None = None  # beginnings of names of weights that train; its painter's choice or all if not given
     gradient_checkpointing: bool = False
     max_new_tokens: int = Field(256, ge=1)
     temperature: float = 1.0
@@ -87,7 +87,7 @@ class PolicySection(Section):
         if self.lora is not None and self.trained is not None:
             raise GruppoError(
                 f"policy.trained is {self.trained} and policy.lora is set, but beside an adapter no weight of the model trains; "
-                "name the layers of the adapter with policy.lora.targets, and leave the others with policy.trained=null"
+                "name the layers of the adapter with policy.lora.targets"
             )
         return self
 

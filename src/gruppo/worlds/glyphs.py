@@ -431,8 +431,7 @@ GLYPHS = PictureWorld(
     config=GlyphConfig(words=WORDS),
     course=Training(steps=4000),
     defaults={
-        # The layers between pixels and tokens stay: noise is drawn on every pixel, and they would learn what it looked like.
-        "policy": {"denoising_steps": 8, "trained": ["words", "read", "level", "blocks", "adapt"]},
+        "policy": {"denoising_steps": 8},
         "fit": {
             "steps": 70,
             "prompts_per_step": 6,

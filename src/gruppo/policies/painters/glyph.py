@@ -14,7 +14,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -155,6 +155,10 @@ def places(config: GlyphConfig) -> Tensor:
 
 class GlyphPainter:
     """The network as a `Painter`; its latents are the pictures themselves."""
+
+    # What a run trains unless it says otherwise. The layers between pixels and tokens stay: noise is drawn on every pixel, and
+    # they would learn what it looked like.
+    trained: ClassVar[list[str]] = ["words", "read", "level", "blocks", "adapt"]
 
     def __init__(self, model: GlyphModel) -> None:
         self.model = model
