@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gruppo.core.collate import blocks
+from gruppo.policies import graphs as fixed
 from gruppo.policies import head as heads
-from gruppo.policies import lean, prefix, products
+from gruppo.policies import prefix, products
 from gruppo.policies.decode import refilling_pays
 from gruppo.policies.load import restore, save
 from gruppo.types import Batch, GruppoError, Path, Reference, Scope, Steps
@@ -48,6 +49,7 @@ class TokenPolicy:
         sharing: prefix.Rates | None = prefix.MEASURED,  # when computing shared prefixes once pays; None: never
         lean: bool = True,  # decode in few operations where that is known to be exact; False: always the model's own forward
         onednn: bool | None = None,  # large float32 products by oneDNN; None: where it is known to be the faster one
+        graphs: bool | None = None,  # decode with fixed shapes, on CUDA by graphs; None: on CUDA; True: on a CPU, too
     ) -> None:
         if not temperature > 0:
             raise GruppoError(
@@ -59,6 +61,8 @@ class TokenPolicy:
         self.sample_rows, self.sample_tokens, self.head_elements = sample_rows, sample_tokens, head_elements
         self.lean = lean
         self.lean_agrees: bool | None = None  # with the model's own forward; None: not compared yet
+        self.graphs = graphs
+        self.graphs_agree: bool | None = None
         self.counts: Counter[str] = Counter()
         self.config = model.config.get_text_config()
         self.eos = eos_ids(model, tokenizer)
@@ -187,7 +191,8 @@ class TokenPolicy:
             order.sort(key=which.__getitem__)
         waiting = deque(order)
         through = sum({tuple(p.tolist()): len(p) for p in prompts}.values()) + n * max_new
-        rows = lean.rows(self, most < n and refilling_pays(self, most, n, max_new), through)
+        refills = most < n and refilling_pays(self, most, n, max_new)
+        rows = fixed.rows(self, refills, through, max(map(len, prompts)) + max_new)
         here = torch.empty(0, dtype=torch.long, device=device)  # which path each row of the cache is
         token, alive = here, here.bool()  # its last token, and whether it still decodes
         left, asked = 0, -1  # rows alive, and how many were when room was last looked for

@@ -88,6 +88,7 @@ def build_policy(config: RunConfig, model: Any = None, tokenizer: Any = None, pe
         sample_rows=own.sample_rows,
         sample_tokens=own.sample_tokens,
         onednn=own.onednn,
+        graphs=own.graphs,
     )
     policy = with_engine(policy, config)
     return policy if world is None else world.equipped(policy)

@@ -63,6 +63,7 @@ class PolicySection(Section):
     threads: int | None = Field(None, ge=1)  # torch threads; measured at the start of the run when not given
     compile: bool = False  # the network of an image model by torch.compile; needs a C++ compiler on a CPU
     onednn: bool | None = None  # large float32 products of training on a CPU by oneDNN; where known to be faster if not given
+    graphs: bool | None = None  # a text model decodes with fixed shapes, on CUDA by graphs; on CUDA alone if not given
     sample_rows: int = Field(256, ge=1)  # paths that decode together
     sample_tokens: int | None = Field(
         None, ge=1
