@@ -190,7 +190,13 @@ def test_memory_counts_what_a_reader_can_count():
     numbers = sum(p.numel() for p in policy.parameters())
     assert parts["weights"] == pytest.approx(numbers * 4 / 2**20, abs=0.01)
     assert parts["optimizer"] == pytest.approx(2 * parts["weights"], abs=0.02)
-    assert parts["cache"] == pytest.approx(16 * 2 * 2 * 2 * 8 * (8 + 32) * 4 / 2**20, abs=0.01)
+    token = 2 * 2 * 2 * 8 * 4  # keys and values of a token: layers, heads, head size, bytes
+    assert parts["cache"] == pytest.approx(token * (16 * 64 + 4 * 8) / 2**20, abs=0.01)  # columns come by 64, prompts once
+    assert parts["sampling weights"] == parts["weights"]
+    policy.lean = False
+    parts = memory(policy, PLAN, prompt=8, reference=True)
+    assert parts["cache"] == pytest.approx(token * 16 * (8 + 32) / 2**20, abs=0.01)
+    assert parts["sampling weights"] == 0
 
 
 def test_activations_are_those_that_autograd_keeps_for_the_largest_block():

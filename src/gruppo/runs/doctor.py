@@ -40,6 +40,7 @@ TEXTS = (
 )
 TEMPERATURE = 0.7  # at 1 a forgotten temperature would go unseen
 PATIENCE = 10.0  # seconds for finding out how long completions are
+ANSWERS = 64  # completions for finding that out
 
 
 @dataclass(frozen=True)
@@ -196,8 +197,9 @@ def doctor(
         longest = max(len(policy.encode(p)) for p in prompts)
         refers = (recipe is None or recipe.reference is not None) if reference is None else reference
         parts = memory(policy, planned, prompt=longest, reference=refers)
-        if (seen := _lengths(policy, prompts, sampling, rng)) is not None:
-            parts["peak now"] = memory(policy, planned, prompt=longest, reference=refers, lengths=seen)["peak"]
+        siblings = planned.get("fit", {}).get("paths_per_prompt", 8)
+        if (seen := _answers(policy, prompts, siblings, sampling, rng)) is not None:
+            parts["peak now"] = memory(policy, planned, prompt=longest, reference=refers, answers=seen)["peak"]
         checks.append(_fits(parts, policy.device))
     return Report(checks, parts, versions())
 
@@ -492,16 +494,18 @@ def _sample(policy: Any, prompts: Sequence[Any], rng: torch.Generator) -> list[P
     return policy.sample([p for p in prompts for _ in range(4)], g=rng, max_new=new)
 
 
-def _lengths(policy: Any, prompts: Sequence[Any], rate: float, rng: torch.Generator) -> list[int] | None:
-    """How long completions are now, longest first; None where trying would take long at `rate` tokens per second."""
-    some = [p for p in prompts for _ in range(4) if len(policy.encode(p)) + policy.max_new <= policy.context]
+def _answers(policy: Any, prompts: Sequence[Any], siblings: int, rate: float, rng: torch.Generator) -> list[list[Tensor]] | None:
+    """What the model writes now: some `ANSWERS` answers, as many to a prompt as in the run, since siblings share beginnings.
+    None where trying would take long at `rate` tokens per second."""
+    fit = [p for p in prompts if len(policy.encode(p)) + policy.max_new <= policy.context]
+    some = [p for p in fit[: max(1, ANSWERS // siblings)] for _ in range(siblings)]
     if not some or len(some) * policy.max_new > PATIENCE * rate:
         return None
     counts = policy.counts.copy()
-    lengths = sorted((len(p) for p in policy.sample(some, g=rng)), reverse=True)
+    steps = [p.steps for p in policy.sample(some, g=rng)]
     policy.counts.clear()
     policy.counts.update(counts)
-    return lengths
+    return [steps[i : i + siblings] for i in range(0, len(steps), siblings)]
 
 
 def _batch(paths: list[Path], rng: torch.Generator) -> Batch:

@@ -5,11 +5,12 @@
 The parts, in bytes:
 
     weights, gradients, optimizer, reference    by counting numbers
-    cache, sampling logits                      rows that decode together x their longest length x keys and values of a token
+    cache, sampling logits                      rows that decode together x their columns x keys and values of a token
+    sampling weights                            the copy that `policies.lean` decodes with
     activations, backward, reading              measured: what a small block keeps for backward, what its backward and a read
                                                 without gradient add, per token, times the tokens of the largest block
     head                                        measured: logits of as many positions as are formed at once
-    runtime                                     code that torch loads, and kernels that oneDNN keeps for every new shape
+    runtime                                     code that torch loads, and kernels that oneDNN keeps for every shape
     allocator                                   what the C library keeps of memory that was freed, in pieces that do not fit
 
 The blocks are those that the policy itself would cut from a batch of these lengths, shared prefixes and all.
@@ -22,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,14 +36,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gruppo.core.collate import collate
-from gruppo.policies import prefix
+from gruppo.policies import lean, prefix
 from gruppo.types import Group, GruppoError, Path, Task
 
 MB = 2**20
-# both fitted to two steps of the embedded models on one CPU (docs/memory.md); kernels are kept for up to 1,024 shapes, so that
-# runs of ragged lengths go on growing for a while
-RUNTIME = 50 * MB
-SLACK = 0.10  # of the larger phase
+# both fitted to half of the runs in docs/memory.md, which are of small models on one CPU
+RUNTIME = 25 * MB
+SLACK = 0.5  # of the training phase: blocks of ever new lengths leave holes that the next one's tensors do not fit
 
 
 class Live(TorchDispatchMode):
@@ -101,15 +102,19 @@ def memory(
     *,
     prompt: int,
     reference: bool,
+    answers: Sequence[Sequence[Tensor]] | None = None,
     lengths: Sequence[int] | None = None,
     scope: Any = "path",
 ) -> dict[str, float]:
     """MB that the planned run holds, part by part, and its `peak`.
 
-    Completions are taken to have the given lengths (in turn), or all to reach max_new_tokens.
+    Completions are taken to be such answers (of siblings, in turn: what they share is computed once), or to have the given
+    lengths (in turn), or all to reach max_new_tokens.
     """
     settings, fit = planned.get("policy", {}), planned.get("fit", {})
     new = settings.get("max_new_tokens") or policy.max_new
+    if answers is not None:
+        lengths = [len(a) for some in answers for a in some]
     lengths = [new] if lengths is None else list(lengths)
     groups, each = fit.get("prompts_per_step", 16), fit.get("paths_per_prompt", 8)
     together = min(groups * each, settings.get("sample_rows") or policy.sample_rows)
@@ -117,8 +122,14 @@ def memory(
     every = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     trained = sum(p.numel() * p.element_size() for p in policy.parameters())
     adapter = hasattr(policy.model, "disable_adapter")
-    cache = together * cache_row(policy.config, prompt + max(lengths)) * number
-    block = largest(policy, prompt, lengths, groups, each, fit.get("token_budget", 8192), scope)
+    copied = 0
+    if policy.lean and lean.known(policy):
+        wave = sorted((lengths * -(-groups * each // len(lengths)))[: groups * each])[-together:]
+        cell = cache_row(policy.config, 1) * number
+        cache, copied = cell * (lean_columns(wave) + min(groups, together) * prompt), every
+    else:
+        cache = together * cache_row(policy.config, prompt + max(lengths)) * number
+    block = largest(policy, prompt, lengths, groups, each, fit.get("token_budget", 8192), scope, answers)
     cost = per_token(policy, block)
     head, kept = head_bytes(policy, block.positions)
     parts: dict[str, float] = {
@@ -128,18 +139,20 @@ def memory(
         "reference": trained if reference and not adapter else 0,
         "cache": cache,
         "sampling logits": together * policy.config.vocab_size * 4 * 5,
+        "sampling weights": copied,
         "activations": cost.kept * block.tokens,
         "backward": cost.backward * block.tokens,
         "reading": (cost.reading * block.tokens + kept) if reference else 0,
         "head": head,
     }
     # the reference reads while the policy's logits are kept; in backward the head's go before the layers begin
-    sampling = parts["cache"] + parts["sampling logits"]
+    sampling = parts["cache"] + parts["sampling logits"] + parts["sampling weights"]
     training = parts["activations"] + max(parts["head"], parts["backward"], parts["reading"])
     constant = sum(parts[k] for k in ("weights", "gradients", "optimizer", "reference"))
     if policy.device.type == "cpu":
         parts["runtime"] = RUNTIME
-        parts["allocator"] = SLACK * max(sampling, training)
+        # training finds what sampling freed in pieces too small for it, so the C library holds both
+        parts["allocator"] = min(sampling, training) + SLACK * training
     parts["peak"] = constant + max(sampling, training) + parts.get("runtime", 0) + parts.get("allocator", 0)
     return {name: round(value / MB, 2) for name, value in parts.items()}
 
@@ -159,20 +172,52 @@ def cache_row(config: Any, length: int) -> int:
     return sum(2 * heads * width * (min(length, window) if kind == "sliding_attention" else length) for kind in kinds)
 
 
+def lean_columns(lengths: Sequence[int]) -> int:
+    """Columns of all rows that stand at once while `LeanRows` decodes completions of these lengths: where rows leave or
+    columns are used up, the old ones stand beside the new."""
+    lengths = sorted(lengths)
+    rows, room = len(lengths), lean.ROOM
+    most = rows * room
+    for used in range(1, lengths[-1]):
+        alive = len(lengths) - bisect_right(lengths, used)
+        leave = alive <= 0.85 * rows
+        if leave or used == room:
+            left, wider = alive if leave else rows, used + max(lean.ROOM, used // 2)
+            most = max(most, rows * room + left * wider)
+            rows, room = left, wider
+    return most
+
+
 # -- the largest block ------------------------------------------------------------------------------------------------
 
 
-def largest(policy: Any, prompt: int, lengths: Sequence[int], groups: int, each: int, budget: int, scope: Any = "path") -> Block:
-    """The block of most tokens that the policy cuts from a batch of random tokens; of the batch no more than must be seen."""
+def largest(
+    policy: Any,
+    prompt: int,
+    lengths: Sequence[int],
+    groups: int,
+    each: int,
+    budget: int,
+    scope: Any = "path",
+    answers: Sequence[Sequence[Tensor]] | None = None,
+) -> Block:
+    """The block of most tokens that the policy cuts from a batch of prompts and answers; of the batch no more than must be seen.
+    Prompts are random tokens, and so are answers of the lengths that are given where there are none."""
     g = torch.Generator().manual_seed(0)
     mean = sum(lengths) / len(lengths)
     groups = max(1, min(groups, int(2 * budget / (each * mean + prompt)) + 2))
     longest = sorted(lengths, reverse=True)
     made = []
+    heavy = sorted(answers or (), key=lambda some: -sum(map(len, some)))
     for n in range(groups):
         own = torch.randint(policy.config.vocab_size, (prompt,), generator=g)
         sizes = [longest[(n + i * groups) * len(longest) // (groups * each) % len(longest)] for i in range(each)]
+        if heavy:
+            some = heavy[n % len(heavy)]
+            sizes = [len(some[i % len(some)]) for i in range(each)]
         steps = [torch.randint(policy.config.vocab_size, (size,), generator=g) for size in sizes]
+        if heavy:  # more siblings than there are answers stay random: a repeated answer would cost nothing
+            steps = [*some[:each], *steps[len(some) :]]
         paths = [Path(own, s, torch.zeros(len(s)), torch.ones(len(s), dtype=torch.bool)) for s in steps]
         made.append(Group(Task(own), paths, advantage=torch.zeros(each, max(sizes))))
     found: Block | None = None
@@ -283,7 +328,7 @@ class Measured:
         return self.predicted / self.measured - 1
 
 
-def in_a_process(words: Sequence[str], *, iterations: int = 2, full: bool = False) -> Measured:
+def in_a_process(words: Sequence[str], *, iterations: int = 3, full: bool = False) -> Measured:
     """`here` in a process of its own: what other work left in this one would hide the run's."""
     call = f"from gruppo.runs import memory; memory.tell(memory.here({list(words)!r}, {iterations}, {full}))"
     done = subprocess.run([sys.executable, "-c", call], capture_output=True, text=True, check=False)
@@ -296,10 +341,10 @@ def tell(found: Measured) -> None:
     print(json.dumps({"predicted": found.predicted, "measured": found.measured, "parts": found.parts}))
 
 
-def here(words: Sequence[str], iterations: int = 2, full: bool = False) -> Measured:
+def here(words: Sequence[str], iterations: int = 3, full: bool = False) -> Measured:
     """Train so many iterations and compare (Linux). `full`: no token ends a completion, so that all reach max_new_tokens.
 
-    The lengths of the prediction are those of the last iteration.
+    The answers of the prediction are those of the iteration that wrote most.
     """
     from gruppo.runs.config import assemble, overrides
     from gruppo.runs.given import Given
@@ -315,7 +360,7 @@ def here(words: Sequence[str], iterations: int = 2, full: bool = False) -> Measu
         if full:
             policy.eos = [-1]
         own, longest = config.fit, 0
-        seen: list[int] = []
+        seen: list[list[Tensor]] = []
         Folder("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = status("VmRSS")
         for n in range(iterations):
@@ -334,10 +379,11 @@ def here(words: Sequence[str], iterations: int = 2, full: bool = False) -> Measu
             )
             paths = [p for g in done.groups for p in g.paths]
             longest = max(longest, *(len(p.prompt) for p in paths))
-            seen = [len(p) for p in paths]
+            now = [[p.steps for p in g.paths] for g in done.groups]
+            seen = max(seen, now, key=lambda answers: sum(len(a) for some in answers for a in some))
         measured = status("VmHWM") - before
         reference = stage.recipe.reference is not None
-        parts = memory(policy, config.model_dump(), prompt=longest, reference=reference, lengths=seen)
+        parts = memory(policy, config.model_dump(), prompt=longest, reference=reference, answers=seen)
     return Measured(parts["peak"] - parts["weights"] - parts["reference"], measured, parts)
 
 
