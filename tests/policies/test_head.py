@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from tests.tiny import tiny_policy
@@ -93,9 +95,46 @@ def test_a_head_with_a_bias_an_adapter_or_a_hook_is_left_to_its_own_forward():
     assert head.plain(torch.nn.Linear(3, 4, bias=False))
     assert not head.plain(torch.nn.Linear(3, 4))
     assert not head.plain(torch.nn.Sequential(torch.nn.Linear(3, 4, bias=False)))
-    watched = torch.nn.Linear(3, 4, bias=False)
-    watched.register_forward_hook(lambda *_: None)
-    assert not head.plain(watched)
+    assert not head.plain(type("Other", (torch.nn.Linear,), {})(3, 4, bias=False))
+    hooks = (
+        "register_forward_hook",
+        "register_forward_pre_hook",
+        "register_full_backward_hook",
+        "register_full_backward_pre_hook",
+    )
+    for hook in hooks:
+        watched = torch.nn.Linear(3, 4, bias=False)
+        getattr(watched, hook)(lambda *_: None)
+        assert not head.plain(watched), hook
+
+
+def test_a_frozen_weight_costs_no_product(monkeypatch):
+    hidden, weight, target, share = example()
+    logp, _ = head.read(hidden, weight.detach(), target, 1.0, 55, False)
+    monkeypatch.setattr(Tensor, "addmm_", lambda *_: pytest.fail("its gradient was computed"))
+    (share * logp).sum().backward()
+    assert hidden.grad is not None
+
+
+def test_pieces_are_small_and_nothing_is_kept_where_nothing_is_trained(monkeypatch):
+    hidden, weight, target, _ = example()
+    pieces: list[tuple[int, bool]] = []
+    own = head._logits
+
+    def watched(*args: Any) -> Tensor:
+        pieces.append(((z := own(*args)).numel(), args[-1] is not None))
+        return z
+
+    monkeypatch.setattr(head, "_logits", watched)
+    monkeypatch.setattr(head, "PIECE", 33)
+    head.read(hidden, weight, target, 0.7, 10**6, True)
+    assert len(pieces) == 8
+    assert all(size <= 33 and kept for size, kept in pieces)
+    pieces.clear()
+    with torch.no_grad():
+        head.read(hidden, weight, target, 0.7, 10**6, True)
+    assert len(pieces) == 8
+    assert not any(kept for _, kept in pieces)
 
 
 def test_a_policy_reads_through_it(monkeypatch):

@@ -50,6 +50,7 @@ def test_numbers_and_gradients_are_those_of_the_formula(elements, piece, shapes,
         assert float((a - b).norm() / b.norm()) < 2e-6
     assert shapes
     assert all(n == products.rounded(n) for a, b, c in shapes for n in (a, b, c))
+    assert max(a * c for a, _, c in shapes if c == 40) <= min(elements, piece, 64 * 40)
 
 
 def test_a_weight_larger_than_logits_may_be_has_no_second_array_beside_its_gradient(shapes):
@@ -88,3 +89,16 @@ def test_other_types_are_torchs(shapes):
     with torch.autocast("cpu", torch.bfloat16):
         head.read(hidden, weight, target, 1.0, 10**6, False, True)
     assert not shapes
+
+
+def test_small_products_and_weights_with_products_of_their_own_are_torchs(shapes, monkeypatch):
+    hidden, weight, target, _ = example(61)
+    shard = weight.detach().as_subclass(type("Shard", (Tensor,), {}))
+    head.read(hidden.detach(), shard, target, 1.0, 10**6, False, True)
+    assert not shapes
+    monkeypatch.setattr(products, "LEAST", 2 * 61 * weight.numel() + 1)
+    head.read(hidden, weight, target, 1.0, 10**6, False, True)
+    assert not shapes
+    monkeypatch.setattr(products, "LEAST", 2 * 61 * weight.numel())
+    head.read(hidden, weight, target, 1.0, 10**6, False, True)
+    assert shapes

@@ -36,6 +36,7 @@ MODELS: dict[str, Callable[[], Any]] = {
     "qwen3, head of its own": lambda: tiny_model("qwen3", tie_word_embeddings=False),
     "qwen3, biases": lambda: tiny_model("qwen3", attention_bias=True),
     "qwen3, one key head": lambda: tiny_model("qwen3", num_key_value_heads=1),
+    "qwen3, norms with a large epsilon": lambda: tiny_model("qwen3", rms_norm_eps=0.1),
     "qwen3, yarn": lambda: tiny_model("qwen3", rope_parameters=YARN),
     "qwen2": lambda: tiny_model("qwen2"),
     "qwen2, a key head each": lambda: tiny_model("qwen2", num_key_value_heads=4),
@@ -145,6 +146,34 @@ def test_every_prompts_keys_stand_once():
     assert [tuple(x.shape) for x in rows.given[0]] == [(1, 2, 3, 8)] * 2
 
 
+def test_a_held_prompt_is_read_once_though_all_its_rows_left():
+    policy = policy_with(tiny_model("qwen3"))
+    a, b, _, _ = ragged()
+    none, draw, found = torch.empty(0, dtype=torch.long), torch.randint(5, 59, (3, 3), generator=rng(2)), []
+    with torch.no_grad():
+        for kind in (Rows, LeanRows):
+            policy.counts.clear()
+            rows = kind(policy, True) if kind is Rows else LeanRows(policy, True, False)
+            out = [rows.enter(none, [a, a, b], hold=True), rows.step(draw[0])]
+            rows.keep(torch.tensor([1]))  # of b none is left
+            out += [rows.step(draw[1, :1]), rows.enter(torch.tensor([0]), [b, b], hold=False), rows.step(draw[2])]
+            found.append(torch.cat(out).log_softmax(-1))
+            assert policy.counts["prefills"] == 2
+            assert policy.counts["prompt_tokens"] == len(a) + len(b)
+    assert float((found[0] - found[1]).abs().max()) < NOISE
+
+
+def test_prompts_of_equally_many_rows_in_turn(copied):
+    policy = policy_with(tiny_model("qwen3"))
+    a, b, c, _ = ragged()
+    draw, found = torch.randint(5, 59, (3, 6), generator=rng(2)), []
+    with torch.no_grad():
+        for rows in (Rows(policy, True), LeanRows(policy, True, copied)):
+            out = [rows.enter(torch.empty(0, dtype=torch.long), [a, b, c, c, b, a], hold=False)]
+            found.append(torch.cat(out + [rows.step(token) for token in draw]).log_softmax(-1))
+    assert float((found[0] - found[1]).abs().max()) < NOISE
+
+
 def test_one_large_group_beside_many_small_ones_does_not_make_places_for_all(monkeypatch):
     policy = policy_with(tiny_model("qwen3"))
     prompts = [*ragged(tuple(range(2, 12))), *ragged((5,), seed=9) * 30]
@@ -214,6 +243,10 @@ def spoiled(kind: str) -> TokenPolicy:
         from peft import IA3Config
 
         return policy_with(with_adapter(tiny_model("qwen3"), IA3Config(task_type="CAUSAL_LM"), 0))
+    if kind == "adapter behind a token":
+        config = lora_config(4, 16.0, "all-linear")
+        config.alora_invocation_tokens = [7]
+        return policy_with(with_adapter(tiny_model("qwen3"), config, 0))
     policy = policy_with(tiny_model("qwen3"))
     layer = policy.model.model.layers[1]
     if kind == "hook":
@@ -245,7 +278,7 @@ def test_what_is_not_known_takes_the_models_own_forward(kind, monkeypatch):
     assert tokens(policy, ragged()) == paths
 
 
-@pytest.mark.parametrize("kind", ["attention", "one wide layer"])
+@pytest.mark.parametrize("kind", ["attention", "one wide layer", "adapter behind a token"])
 def test_other_attention_and_other_numbers_are_not_known(kind):
     assert not known(spoiled(kind))
 

@@ -39,7 +39,8 @@ def read(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     own = type(weight) in (Tensor, torch.nn.Parameter)  # a shard or a quantised weight has products of its own
     quick = onednn and own and kind == "cpu" and dtype == torch.float32
-    logp, H = _Read.apply(hidden, weight, target, temperature, elements, entropy, dtype, quick)  # pyright: ignore[reportGeneralTypeIssues]
+    trains = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)  # in `forward` grad mode is off
+    logp, H = _Read.apply(hidden, weight, target, temperature, elements, entropy, dtype, quick, trains)  # pyright: ignore[reportGeneralTypeIssues]
     return logp, H if entropy else None
 
 
@@ -55,13 +56,14 @@ class _Read(torch.autograd.Function):
         entropy: bool,
         dtype: Any,
         quick: bool,
+        trains: bool,
     ) -> tuple[Tensor, Tensor]:
         h, w = hidden.to(dtype), weight.to(dtype)
         rows = max(1, min(elements, PIECE if h.device.type == "cpu" else elements) // len(w))
         quick = quick and rows >= 8 and 2 * min(rows, len(h)) * w.numel() >= products.LEAST
         if quick:
             rows = products.floored(rows)
-        keeps = len(h) * len(w) <= elements and any(ctx.needs_input_grad)
+        keeps = trains and len(h) * len(w) <= elements
         kept = torch.empty(len(h), len(w), dtype=_exact(dtype), device=h.device) if keeps else None
         lse, logp, H = (torch.empty(len(h), dtype=_exact(dtype), device=h.device) for _ in range(3))
         for at in range(0, len(h), rows):
@@ -106,7 +108,7 @@ class _Read(torch.autograd.Function):
                     to_weight.addmm_(z.T, own)
                 else:
                     to_weight += z.T @ own
-        return to_hidden, to_weight, None, None, None, None, None, None
+        return to_hidden, to_weight, None, None, None, None, None, None, None
 
 
 def _logits(h: Tensor, w: Tensor, temperature: float, quick: bool, out: Tensor | None = None) -> Tensor:
