@@ -385,7 +385,7 @@ def doctor(
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Settings of the run that is planned.")
     ] = None,
-    measure: Annotated[bool, typer.Option(help="Train two steps in a process of its own and say what memory they took.")] = False,
+    measure: Annotated[bool, typer.Option(help="Train three steps in their own process and say what memory they took.")] = False,
     as_json: Json = False,
 ) -> None:
     """Measure on this machine and model what training relies on; exits with 1 when something is broken."""

@@ -87,7 +87,7 @@ class Report:
 def main(model: str | None, as_json: bool, world: str | None = None, words: Sequence[str] = (), measured: bool = False) -> int:
     """Examine a model folder, or the base model of a world (arithmetic by default); 1 when an invariant broke, else 0.
 
-    `words` are settings of the planned run, such as fit.token_budget=4096. `measured` also trains two steps of it in a process
+    `words` are settings of the planned run, such as fit.token_budget=4096. `measured` also trains three steps of it in a process
     of its own and says what memory they took.
     """
     from gruppo.policies.load import load_model, load_tokenizer, lora_config, with_adapter
