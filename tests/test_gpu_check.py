@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gruppo import gpu_check
-from gruppo.policies import prefix
+from gruppo.policies import graphs, prefix
 
 MISSING = (
     "trl diffusers typer rich pytest datasets pydantic matplotlib pyarrow math_verify latex2sympy2_extended jaxtyping beartype"
@@ -27,9 +27,11 @@ def test_the_tiny_checks_hold_where_only_torch_transformers_and_peft_are_install
     assert done.returncode == 0, done.stderr + done.stdout
     found = json.loads((tmp_path / "gpu.json").read_text())
     named = {r["check"].split(":")[0] for r in found["checks"]}
-    assert {"ordinary, fp32", "lse, fp32", "two, fp32", "lse, bf16", "two, bf16", "LoRA, two, fp32"} <= named
+    assert {"ordinary, fp32", "lse, fp32", "two, fp32", "lse, bf16", "two, bf16", "LoRA, two, fp32", "graphs, fp32"} <= named
     assert {r["form"].split(":")[0] for r in found["times"]} == {"ordinary", "lse", "two", "chosen"}
-    assert "17 of 17 checks hold" in (tmp_path / "gpu.md").read_text()
+    page = (tmp_path / "gpu.md").read_text()
+    assert "22 of 22 checks hold" in page
+    assert "On a CPU no CUDA graph is recorded" in page
 
 
 def test_a_wrong_form_and_one_that_fails_do_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,6 +52,21 @@ def test_a_wrong_form_and_one_that_fails_do_not_hold(monkeypatch: pytest.MonkeyP
     assert not results["lse, fp32"].holds
     assert results["lse, fp32"].why == "RuntimeError: no such kernel"
     assert results["ordinary, fp32: gradient"].holds
+
+
+def test_rows_of_fixed_shapes_that_differ_or_are_not_taken_do_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = graphs.GraphRows.step
+    monkeypatch.setattr(graphs.GraphRows, "step", lambda self, token: run(self, token).roll(1, -1))
+    with pytest.warns(UserWarning, match="differ"):
+        results = {r.check: r.holds for r in gpu_check.graphs_agree("cpu", "tiny")}
+    assert not results["graphs, fp32: not taken"]
+    monkeypatch.setattr(graphs, "_compare", lambda policy: True)
+    results = {r.check: r.holds for r in gpu_check.graphs_agree("cpu", "tiny")}
+    assert [results[f"graphs, fp32: {name}"] for name in ("greedy paths that differ", "log-prob", "not taken")] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_a_form_that_was_not_used_is_no_result() -> None:

@@ -8,9 +8,12 @@ Nothing is downloaded; all weights are random. Checked, and a failure ends with 
                the ordinary forward does
     adapter    the float32 checks of a form with a LoRA adapter on every layer
     sampler    the log-probabilities that sampling wrote down against those that training reads
+    graphs     decoding with fixed shapes, on CUDA by graphs, against the ordinary rows: greedy tokens and log-probabilities in
+               float32, and in bfloat16 what was sampled against what the trainer reads; that graphs were recorded at all
     memory     a training step with shared prefixes peaks no higher than one without
 
-Timed and not judged: scoring and training of a 0.5 B Qwen3 in bfloat16 in each form, and the sampler's tokens per second.
+Timed and not judged: scoring and training of a 0.5 B Qwen3 in bfloat16 in each form, and the sampler's tokens per second, with
+graphs and without.
 """
 
 from __future__ import annotations
@@ -100,13 +103,13 @@ def network(size: str, dtype: torch.dtype, device: str) -> Any:
     return model.to(device=device, dtype=dtype).eval()
 
 
-def policy_of(model: Any, form: Any = None) -> Any:
+def policy_of(model: Any, form: Any = None, graphs: bool | None = None) -> Any:
     """A policy that reads every block of rows in this form, or never shares; its own comparison is left to the checks."""
     from gruppo.policies import prefix
     from gruppo.policies.token import TokenPolicy
 
     always = prefix.Rates(call=1e3, small=0.0, margin=-1e9)
-    policy = TokenPolicy(model, Marks(), sharing=None if form is None else always)
+    policy = TokenPolicy(model, Marks(), sharing=None if form is None else always, graphs=graphs)
     if form is not None:
         policy._compared.add(form)
         policy.distrusted.update({other: "another form is forced" for other in ("lse", "two", "flex") if other != form})
@@ -201,6 +204,7 @@ def parity(device: str, size: str) -> list[Result]:
     for form in prefix.forms(torch.device(device)):
         out += attempt(f"{form}, fp32", lambda form=form: compared(f"{form}, fp32", policy_of(model, form)))
     out += attempt("sampler, fp32", lambda: sampler_agrees(model))
+    out += attempt("graphs", lambda: graphs_agree(device, size))
     half = network(size, torch.float32, device).to(torch.bfloat16)
     rounded = network(size, torch.float32, device)
     rounded.load_state_dict({k: v.float() for k, v in half.state_dict().items()})
@@ -228,6 +232,48 @@ def sampler_agrees(model: Any) -> list[Result]:
     paths = policy.sample([prompt] * G, g=g, max_new=24)
     off = max(float((p.logp - s).abs().max()) for p, s in zip(paths, policy.score(paths)))
     return [Result("sampler and trainer, fp32: log-prob", off, CLOSE)]
+
+
+def graphs_agree(device: str, size: str) -> list[Result]:
+    """Decoding with fixed shapes against the ordinary rows, while rows end and others enter."""
+    from gruppo.policies import graphs
+
+    model = network(size, torch.float32, device)
+    policies = [policy_of(model, graphs=choice) for choice in (True, False)]
+    vocab = model.config.vocab_size
+    for policy in policies:
+        policy.eos, policy.sample_rows = list(range(1, vocab // 32 + 2)), 12
+    draw = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(2, vocab, (n,), generator=draw) for n in (3, 40, 17)]
+    prompts = [p for p in prompts for _ in range(G)]
+
+    def paths(policy: Any, temperature: float) -> list[Path]:
+        return policy.sample(prompts, g=torch.Generator().manual_seed(0), max_new=80, temperature=temperature)
+
+    greedy, wanted = (paths(policy, 0.0) for policy in policies)
+    other = sum(a.steps.tolist() != b.steps.tolist() for a, b in zip(greedy, wanted))
+    drawn, wanted = (paths(policy, 1.0) for policy in policies)
+    same = [a.steps.tolist() == b.steps.tolist() for a, b in zip(drawn, wanted)]
+    off_by = max(float((a.logp - b.logp).abs().max()) for a, b in zip(drawn, wanted)) if all(same) else math.inf
+    out = [
+        Result("graphs, fp32: greedy paths that differ", float(other), 0.0),
+        Result("graphs, fp32: log-prob", off_by, CLOSE, "" if all(same) else f"{len(same) - sum(same)} paths differ"),
+    ]
+    half = network(size, torch.bfloat16, device)
+    rough = policy_of(half, graphs=True)
+    said = rough.sample(prompts, g=torch.Generator().manual_seed(0), max_new=40)
+    gap = max(float((p.logp - s).abs().max()) for p, s in zip(said, rough.score(said)))
+    out.append(Result("graphs, bf16, against the trainer: log-prob", gap, 0.25))
+    for name, policy in (("fp32", policies[0]), ("bf16", rough)):
+        with torch.no_grad():
+            rows = graphs.rows(policy, True, 0, 64)
+            rows.enter(torch.empty(0, dtype=torch.long, device=device), prompts[:2], hold=False)
+            for _ in range(graphs.WARM + 3):
+                rows.step(torch.full((2,), 5, device=device))
+        recorded = isinstance(rows, graphs.GraphRows) and (device != "cuda" or len(rows.graphs) == 1)
+        why = "" if recorded else "the ordinary rows decoded, or no graph was recorded; the warning above says why"
+        out.append(Result(f"graphs, {name}: not taken", 0.0 if recorded else math.inf, 0.0, why))
+    return out
 
 
 def adapter(device: str, size: str, batch: Batch) -> list[Result]:
@@ -329,9 +375,9 @@ def peak(device: str, policy: Any, batch: Batch, budget: int) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def sampled(device: str, size: str, prompts: int, prompt: int, new: int) -> dict[str, Any]:
+def sampled(device: str, size: str, prompts: int, prompt: int, new: int, graphs: bool) -> dict[str, Any]:
     """Tokens per second of the sampler: groups of G, all of full length."""
-    policy = policy_of(network(size, torch.bfloat16, device))
+    policy = policy_of(network(size, torch.bfloat16, device), graphs=graphs)
     policy.eos = [-1]
     g = torch.Generator(device=device).manual_seed(0)
     asked = [torch.randint(2, policy.config.vocab_size, (prompt,)) for _ in range(prompts)]
@@ -365,11 +411,14 @@ def page(found: dict[str, Any]) -> str:
         mb = "not counted" if r["peak_mb"] is None else f"{r['peak_mb']:.0f}"
         both = [f"{r[p]:.1f} ({r.get(f'{p} ratio', float('nan')):.2f})" for p in ("score", "train")]
         lines.append(f"| {r['work']} | {r['form']} | {both[0]} | {both[1]} | {mb} |")
-    s = found["sampler"]
+    s, without = found["sampler"], found["sampler without graphs"]
     lines += [
         "",
-        f"The sampler draws {s['tokens_per_s']:.0f} tokens/s: {s['rows']} rows, prompts of {s['prompt']}, {s['new']} new tokens.",
+        f"The sampler draws {s['tokens_per_s']:.0f} tokens/s, without graphs {without['tokens_per_s']:.0f}: {s['rows']} rows, "
+        f"prompts of {s['prompt']}, {s['new']} new tokens.",
     ]
+    if found["device"] == "cpu":
+        lines += ["", "On a CPU no CUDA graph is recorded: the checks of graphs saw the fixed shapes alone."]
     return "\n".join(lines) + "\n"
 
 
@@ -382,6 +431,7 @@ def check(device: str, tiny: bool) -> dict[str, Any]:
     results = parity(device, "tiny" if tiny else "small")
     size = "tiny" if tiny else "half"
     times, more = timed(device, size, [(48, 6)] if tiny else [(512, 256), (1024, 128), (2048, 128)], rounds)
+    works = (2, 16, 4) if tiny else (8, 256, 256)
     found: dict[str, Any] = {
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "torch": torch.__version__,
@@ -389,7 +439,8 @@ def check(device: str, tiny: bool) -> dict[str, Any]:
         "rounds": rounds,
         "checks": [asdict(r) for r in results + more],
         "times": times,
-        "sampler": sampled(device, size, 2 if tiny else 8, 16 if tiny else 256, 4 if tiny else 256),
+        "sampler": sampled(device, size, *works, graphs=True),
+        "sampler without graphs": sampled(device, size, *works, graphs=False),
     }
     found["holds"] = all(r.holds for r in results + more)
     return found
