@@ -247,6 +247,10 @@ def spoiled(kind: str) -> TokenPolicy:
         config = lora_config(4, 16.0, "all-linear")
         config.alora_invocation_tokens = [7]
         return policy_with(with_adapter(tiny_model("qwen3"), config, 0))
+    if kind in ("hook around an adapter", "hook around its model"):
+        model = with_adapter(tiny_model("qwen3"), lora_config(4, 16.0, "all-linear"), 0)
+        (model if kind == "hook around an adapter" else model.base_model).register_forward_hook(lambda *_: None)
+        return policy_with(model)
     policy = policy_with(tiny_model("qwen3"))
     layer = policy.model.model.layers[1]
     if kind == "hook":
@@ -278,7 +282,16 @@ def test_what_is_not_known_takes_the_models_own_forward(kind, monkeypatch):
     assert tokens(policy, ragged()) == paths
 
 
-@pytest.mark.parametrize("kind", ["attention", "one wide layer", "adapter behind a token"])
+NOT_KNOWN = [
+    "attention",
+    "one wide layer",
+    "adapter behind a token",
+    "hook around an adapter",
+    "hook around its model",
+]
+
+
+@pytest.mark.parametrize("kind", NOT_KNOWN)
 def test_other_attention_and_other_numbers_are_not_known(kind):
     assert not known(spoiled(kind))
 
