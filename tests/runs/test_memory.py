@@ -10,13 +10,14 @@ from gruppo.policies import lean, prefix
 from gruppo.runs import memory as estimate
 from gruppo.runs.memory import Live, largest, lean_columns, per_token
 
-# of docs/memory.md, of those that the constants were not fitted to; safety at 4096 tokens is off by more
+# of the runs in docs/memory.md that the constants were not fitted to; it says which others are off by more
 HELD = [
-    ["world=arithmetic", "fit.token_budget=4096"],
-    ["world=arithmetic", "fit.token_budget=4096", "policy.gradient_checkpointing=true"],
     ["world=countdown", "fit.token_budget=1024"],
+    ["world=countdown", "fit.token_budget=16384"],
     ["world=countdown", "fit.token_budget=4096", "policy.lora.rank=8"],
+    ["world=safety", "fit.token_budget=4096"],
     ["world=safety", "fit.token_budget=4096", "policy.gradient_checkpointing=true"],
+    ["world=safety", "fit.token_budget=4096", "recipe_args.beta=0.04"],
 ]
 
 PLAN = {
@@ -107,5 +108,5 @@ def test_what_siblings_have_in_common_is_counted_once():
 @pytest.mark.slow
 @pytest.mark.parametrize("words", HELD, ids=" ".join)
 def test_a_run_takes_what_was_predicted_within_a_fifth(words):
-    found = estimate.in_a_process(words, iterations=3)
+    found = estimate.in_a_process([*words, "fit.seed=1"])
     assert abs(found.off) < 0.2, found

@@ -42,7 +42,7 @@ from gruppo.types import Group, GruppoError, Path, Task
 MB = 2**20
 # both fitted to half of the runs in docs/memory.md, which are of small models on one CPU
 RUNTIME = 25 * MB
-SLACK = 0.5  # of the training phase: blocks of ever new lengths leave holes that the next one's tensors do not fit
+SLACK = 0.3  # of the training phase: blocks of ever new lengths leave holes that the next one's tensors do not fit
 
 
 class Live(TorchDispatchMode):
