@@ -268,6 +268,32 @@ def test_a_step_is_replayed_once_and_recorded_after_the_steps_that_warm_up():
 
 
 @torch.no_grad()
+def test_buffers_that_moved_are_recorded_again():
+    policy, frozen = policy_of("qwen3", onednn=False), Frozen()
+    rows, own = fixed(policy, recorder=frozen), Rows(policy, True)
+    a, b, c, d = ragged()
+
+    def same(n: int) -> None:
+        found, wanted = (kind.step(torch.full((n,), 7)) for kind in (rows, own))
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0)
+
+    for kind in (rows, own):
+        kind.enter(NONE, [a, b], hold=False)
+    same(2)
+    same(2)
+    assert frozen.recorded == 1
+    for kind in (rows, own):
+        kind.enter(torch.tensor([0, 1]), [c, d], hold=False)
+    same(4)
+    for kind in (rows, own):
+        kind.keep(torch.tensor([1, 2]))
+    assert rows.rows == 2
+    same(2)
+    same(2)
+    assert frozen.recorded == 2
+
+
+@torch.no_grad()
 def test_weights_that_moved_are_recorded_again():
     policy, frozen = policy_of("qwen3", onednn=False), Frozen()
     rows, own = fixed(policy, recorder=frozen), Rows(policy, True)

@@ -28,7 +28,7 @@ from gruppo.policies.decode import Roomy, Rows, _Held, _join, roomy_cache
 from gruppo.types import GruppoError
 
 COLUMNS = 64  # the least; doubled whenever they are used up
-WARM = 3  # steps of one shape that are called before it is recorded: recording costs about as much time as they do
+WARM = 3  # steps of one shape that are called before it is recorded, as a shape may pass quickly; a guess, not measured
 EXACT = 1e-4  # largest difference of a log-probability from the ordinary rows', float32
 ROUGH = 0.25  # in half precision, of its mean under the distribution: in the tail, rounding alone exceeds any bound
 
@@ -203,7 +203,7 @@ class GraphRows:
         self.rows = self.columns = 0  # of a step
         self.longest = 0  # columns that the longest row fills
         self.rooms: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer: at least `rows`, and `columns`
-        self.token, self.column, self.live = nothing[:, None], nothing, nothing  # of every room; a dead row stays at column 0
+        self.token, self.column = nothing[:, None], nothing  # of every place, dead or alive
         self.place, self.cache = nothing, Cache(layers=[])
         self.weights = [*policy.model.parameters(), *policy.model.buffers()]
         self.addresses: list[int] = []
@@ -258,7 +258,7 @@ class GraphRows:
         for (cache, index), to in zip(sources, parts):
             self._write(cache, index, length[start : start + len(index)], to)
             start += len(index)
-        self.column[slots], self.live[slots] = length, 1
+        self.column[slots] = length
         self.at = torch.cat([self.at, slots])
         return torch.cat(logits)
 
@@ -266,10 +266,10 @@ class GraphRows:
         """The logits [R, V] after one more token of each row."""
         if min(self.longest + 1, self.most) > self.columns:
             self._settle(self.at, len(self.at), self.longest)
-        self.column.clamp_(max=self.columns - 1)
+        self.column.clamp_(max=self.columns - 1)  # of rows that ended or are dead
         self.token.index_copy_(0, self.at, token[:, None])
         out = self._run()[self.at].float()
-        self.column.add_(self.live)
+        self.column.add_(1)
         self.longest += 1
         self.policy.counts["decodes"] += 1
         self.policy.counts["decoded_rows"] += len(token)
@@ -340,8 +340,7 @@ class GraphRows:
                 room[: len(stay)] = room[stay]
             self.at = torch.arange(len(stay), device=stay.device)
         self.column.zero_()
-        self.live.zero_()
-        self.column[self.at], self.live[self.at] = filled, 1
+        self.column[self.at] = filled
         self.rows, self.columns = n, columns
         self.cache = Cache(layers=[Fixed(keys[:n], values[:n], self.column[:n]) for keys, values in self.rooms])
 
@@ -365,7 +364,7 @@ class GraphRows:
                 space[: len(stay), :, :old] = x[stay]
             self.rooms[i] = new[0], new[1]
         self.token = torch.zeros(n, 1, dtype=torch.long, device=device)
-        self.column, self.live = (torch.zeros(n, dtype=torch.long, device=device) for _ in range(2))
+        self.column = torch.zeros(n, dtype=torch.long, device=device)
         self.place = torch.arange(columns, device=device)
 
     def _write(self, cache: Any, index: Tensor, length: Tensor, slots: Tensor) -> None:
