@@ -10,14 +10,13 @@ from gruppo.policies import lean, prefix
 from gruppo.runs import memory as estimate
 from gruppo.runs.memory import Live, largest, lean_columns, per_token
 
-# of the runs in docs/memory.md that the constants were not fitted to; it says which others are off by more
+# of the runs in docs/memory.md that were measured after the constants were chosen
 HELD = [
-    ["world=countdown", "fit.token_budget=1024"],
-    ["world=countdown", "fit.token_budget=16384"],
-    ["world=countdown", "fit.token_budget=4096", "policy.lora.rank=8"],
-    ["world=safety", "fit.token_budget=4096"],
-    ["world=safety", "fit.token_budget=4096", "policy.gradient_checkpointing=true"],
-    ["world=safety", "fit.token_budget=4096", "recipe_args.beta=0.04"],
+    ["world=countdown", "fit.token_budget=2048"],
+    ["world=safety", "fit.token_budget=2048"],
+    ["world=search", "fit.token_budget=4096"],
+    ["world=catalog", "fit.token_budget=4096"],
+    ["world=safety", "fit.token_budget=4096", "fit.paths_per_prompt=16"],
 ]
 
 PLAN = {
@@ -108,5 +107,21 @@ def test_what_siblings_have_in_common_is_counted_once():
 @pytest.mark.slow
 @pytest.mark.parametrize("words", HELD, ids=" ".join)
 def test_a_run_takes_what_was_predicted_within_a_fifth(words):
-    found = estimate.in_a_process([*words, "fit.seed=1"])
+    found = estimate.in_a_process([*words, "fit.seed=2"])
     assert abs(found.off) < 0.2, found
+
+
+def test_the_c_library_keeps_more_where_blocks_are_many():
+    policy = tiny_policy("qwen3")
+    lengths = [32] * 16
+
+    def kept(budget):
+        parts = estimate.memory(
+            policy, {**PLAN, "fit": {**PLAN["fit"], "token_budget": budget}}, prompt=8, reference=False, lengths=lengths
+        )
+        training = parts["activations"] + max(parts["head"], parts["backward"])
+        sampling = parts["cache"] + parts["sampling logits"] + parts["sampling weights"]
+        return (parts["allocator"] - min(sampling, training)) / training
+
+    assert kept(10_000) == pytest.approx(0.1, abs=0.03)
+    assert 0.35 < kept(160) < 0.7

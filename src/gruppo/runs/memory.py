@@ -42,7 +42,8 @@ from gruppo.types import Group, GruppoError, Path, Task
 MB = 2**20
 # both fitted to half of the runs in docs/memory.md, which are of small models on one CPU
 RUNTIME = 25 * MB
-SLACK = 0.3  # of the training phase: blocks of ever new lengths leave holes that the next one's tensors do not fit
+SLACK = 0.1  # of the training phase, for what a block's own tensors leave between them
+HOLES = 0.6  # of it, with many blocks: each has other lengths and does not fit into the holes of the one before
 
 
 class Live(TorchDispatchMode):
@@ -152,7 +153,8 @@ def memory(
     if policy.device.type == "cpu":
         parts["runtime"] = RUNTIME
         # training finds what sampling freed in pieces too small for it, so the C library holds both
-        parts["allocator"] = min(sampling, training) + SLACK * training
+        blocks = max(1.0, groups * each / len(block.prompts))
+        parts["allocator"] = min(sampling, training) + (SLACK + HOLES * (1 - 1 / blocks)) * training
     parts["peak"] = constant + max(sampling, training) + parts.get("runtime", 0) + parts.get("allocator", 0)
     return {name: round(value / MB, 2) for name, value in parts.items()}
 
