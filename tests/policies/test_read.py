@@ -230,3 +230,8 @@ def test_reading_a_batch_warns_of_nothing():
         warnings.simplefilter("error")
         policy = policy_of(checkpointing=True)
         gradient(policy, batch_of(policy))
+
+
+def test_prompts_of_one_token_without_an_answer_read_as_nothing():
+    nothing = [Path(torch.tensor([5]), torch.tensor([], dtype=torch.long), torch.zeros(0), torch.zeros(0, dtype=torch.bool))] * 2
+    assert [len(p) for p in tiny_policy("qwen3").score(nothing)] == [0, 0]
