@@ -12,6 +12,7 @@ from tests.tiny import tiny_config, tiny_model
 
 from gruppo.core.collate import collate
 from gruppo.policies.token import Head
+from gruppo.types import Path
 
 
 def exact(policy, batch) -> torch.Tensor:
@@ -234,4 +235,4 @@ def test_reading_a_batch_warns_of_nothing():
 
 def test_prompts_of_one_token_without_an_answer_read_as_nothing():
     nothing = [Path(torch.tensor([5]), torch.tensor([], dtype=torch.long), torch.zeros(0), torch.zeros(0, dtype=torch.bool))] * 2
-    assert [len(p) for p in tiny_policy("qwen3").score(nothing)] == [0, 0]
+    assert [len(p) for p in policy_of("qwen3").score(nothing)] == [0, 0]

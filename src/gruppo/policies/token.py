@@ -314,7 +314,7 @@ class TokenPolicy:
     def _read_rows(self, prompts: list[Tensor], steps: list[Tensor], where: Tensor) -> tuple[Tensor, Tensor | None]:
         """Every row in full. Rows are padded on the right, so causality alone keeps padding out."""
         device = self.device
-        width = max(2, *(len(p) + len(s) for p, s in zip(prompts, steps)))  # one column at least is read, though nothing follows it
+        width = max(2, *(len(p) + len(s) for p, s in zip(prompts, steps)))  # one column at least is read
         ids = torch.full((len(prompts), width), self.pad)
         for i, (p, s) in enumerate(zip(prompts, steps)):
             ids[i, : len(p) + len(s)] = torch.cat([p, s])
