@@ -103,7 +103,8 @@ def test_split_never_changes_the_gradient(family, scope):
     whole = gradient(policy, batch)
     assert float(whole.norm()) > 0
     for budget in (1, 40, 100):
-        assert relative(gradient(policy, batch, budget, scope), whole) < 2e-6
+        # summed up in another order: 2.1e-6 was seen on a processor without AVX-512
+        assert relative(gradient(policy, batch, budget, scope), whole) < 5e-6
 
 
 @pytest.mark.parametrize("budget", [1, 30, 64, 200, 10**6])
