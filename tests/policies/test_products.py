@@ -176,7 +176,7 @@ def test_a_painter_by_onednn_predicts_what_it_predicts_without(monkeypatch: pyte
 
 
 def test_row_counts_are_filled_up_to_few_numbers() -> None:
-    """oneDNN keeps half a megabyte for every shape that it has seen."""
+    """oneDNN keeps memory for every shape that it has seen."""
     shapes = {products.rounded(n) for n in range(1, 8193)}
     assert len(shapes) <= 64
     assert all(n <= products.rounded(n) <= max(8 * -(-n // 8), n + n // 8) for n in range(1, 8193))

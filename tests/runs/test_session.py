@@ -12,6 +12,7 @@ import torch
 from tests.runs.small import Quiet, config, files, rows, session, silent, write_rows
 from tests.tiny import FAMILIES, tiny_folder, tiny_model, tiny_tokenizer
 
+from gruppo.policies import products
 from gruppo.policies.load import load_model, load_tokenizer
 from gruppo.policies.reference import snapshot
 from gruppo.recipe import Column, Signal
@@ -414,5 +415,18 @@ def test_tokens_count_what_was_sampled_and_failed_grades_are_recorded(tmp_path: 
 def test_the_settings_of_the_sampler_s_room_arrive_and_compiling_text_is_refused(tmp_path: Path) -> None:
     run = session(tmp_path, policy={"sample_rows": 3, "sample_tokens": 77})
     assert (run.policy.sample_rows, run.policy.sample_tokens) == (3, 77)
+    for graphs in (None, True, False):
+        assert session(tmp_path / str(graphs), policy={"graphs": graphs}).policy.graphs is graphs
     with pytest.raises(GruppoError, match=r"policy\.compile is for image models"):
         session(tmp_path, policy={"compile": True})
+
+
+@pytest.mark.skipif(not products.usable(), reason="this build of torch has no oneDNN")
+def test_the_choice_of_products_arrives(tmp_path: Path) -> None:
+    with_it, without = (session(tmp_path / str(on), policy={"onednn": on, "device": "cpu"}).policy for on in (True, False))
+    assert with_it.linears is not None
+    assert with_it.cost.onednn
+    assert with_it.head.onednn
+    assert without.linears is None
+    assert not without.cost.onednn
+    assert not without.head.onednn

@@ -131,36 +131,45 @@ class Rows:
 
         `hold`: further paths of the last prompt wait. They come first the next time, and it is not read again.
         """
-        device = self.policy.device
         keys = [tuple(p.tolist()) for p in prompts]
-        sources: list[tuple[DynamicCache, Tensor]] = [(self.cache, rows)] if len(rows) else []
+        found, logits, held = self.read(keys, self.held, hold=hold and self.refills)
+        self.size = torch.cat([self.size[rows], torch.tensor([len(k) for k in keys], device=self.policy.device)])
+        self.width = int(self.size.max())
+        self.padded = bool((self.size < self.width).any())
+        if self.refills:
+            _join(self.cache, [(self.cache, rows), *found] if len(rows) else found, self.width)
+            self.held = held
+        else:
+            [(self.cache, index)] = found
+            self.cache.batch_select_indices(index)
+        return logits
+
+    def read(
+        self, keys: list[tuple[int, ...]], held: _Held | None, *, hold: bool
+    ) -> tuple[list[tuple[Any, Tensor]], Tensor, _Held | None]:
+        """Caches with rows of them for these prompts in their order, the logits after each, and what is held from here on.
+
+        Those that are `held` come first and are not read again; with `hold` the last one is held.
+        """
+        device = self.policy.device
+        found: list[tuple[Any, Tensor]] = []
         logits: list[Tensor] = []
-        known = 0
-        if self.held is not None:
-            known = sum(k == self.held.key for k in keys)
-            sources.append((self.held.cache, torch.zeros(known, dtype=torch.long, device=device)))
-            logits.append(self.held.logits.expand(known, -1))
+        known = 0 if held is None else sum(k == held.key for k in keys)
+        if held is not None and known:
+            found.append((held.cache, torch.zeros(known, dtype=torch.long, device=device)))
+            logits.append(held.logits.expand(known, -1))
+        held = held if hold else None
         place = {k: i for i, k in enumerate(dict.fromkeys(keys[known:]))}
         if place:
             filled, said = self._prefill(list(place))
             index = torch.tensor([place[k] for k in keys[known:]], device=device)
-            sources.append((filled, index))
+            found.append((filled, index))
             logits.append(said[index])
-        self.size = torch.cat([self.size[rows], torch.tensor([len(k) for k in keys], device=device)])
-        self.width = int(self.size.max())
-        self.padded = bool((self.size < self.width).any())
-        if self.refills:
-            held = self.held if hold else None
-            if place and hold:
+            if hold:
                 last = torch.tensor([place[keys[-1]]], device=device)
                 held = _Held(keys[-1], roomy_cache(self.policy.config), said[last])
                 _join(held.cache, [(filled, last)], len(keys[-1]))
-            _join(self.cache, sources, self.width)
-            self.held = held
-        else:
-            self.cache = filled
-            self.cache.batch_select_indices(index)
-        return torch.cat(logits)
+        return found, torch.cat(logits), held
 
     def step(self, token: Tensor) -> Tensor:
         """The logits [R, V] after one more token of each row."""

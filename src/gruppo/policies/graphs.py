@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from gruppo.policies import lean
-from gruppo.policies.decode import Roomy, Rows, _Held, _join, roomy_cache
+from gruppo.policies.decode import Roomy, Rows, _Held, roomy_cache
 from gruppo.types import GruppoError
 
 COLUMNS = 64  # the least; doubled whenever they are used up
@@ -227,23 +227,7 @@ class GraphRows:
         """
         device = self.policy.device
         keys = [tuple(p.tolist()) for p in prompts]
-        known = 0 if self.held is None else sum(k == self.held.key for k in keys)
-        sources: list[tuple[Any, Tensor]] = []
-        logits: list[Tensor] = []
-        if self.held is not None and known:
-            sources.append((self.held.cache, torch.zeros(known, dtype=torch.long, device=device)))
-            logits.append(self.held.logits.expand(known, -1))
-        place = {k: i for i, k in enumerate(dict.fromkeys(keys[known:]))}
-        held = self.held if hold else None
-        if place:
-            filled, said = self.reader._prefill(list(place))
-            index = torch.tensor([place[k] for k in keys[known:]], device=device)
-            sources.append((filled, index))
-            logits.append(said[index])
-            if hold:
-                last = torch.tensor([place[keys[-1]]], device=device)
-                held = _Held(keys[-1], roomy_cache(self.policy.config), said[last])
-                _join(held.cache, [(filled, last)], len(keys[-1]))
+        sources, logits, held = self.reader.read(keys, self.held, hold=hold)
         if any(not layer.is_initialized for cache, _ in sources for layer in cache.layers):
             raise GruppoError("a layer keeps no keys of its own")
         self.held = held
@@ -260,7 +244,7 @@ class GraphRows:
             start += len(index)
         self.column[slots] = length
         self.at = torch.cat([self.at, slots])
-        return torch.cat(logits)
+        return logits
 
     def step(self, token: Tensor) -> Tensor:
         """The logits [R, V] after one more token of each row."""

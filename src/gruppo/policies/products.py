@@ -2,8 +2,8 @@
 
 torch multiplies by MKL, which uses AVX-512 on Intel's processors alone; on others that have it, oneDNN, which every build of
 torch for x86 holds, is about twice as fast. The numbers are those of another order of summation. A shape that oneDNN has not
-seen costs it about a millisecond and half a megabyte that it keeps, so small products stay with torch, and rows are filled up
-with zeros to round numbers: paths of all lengths would otherwise take another gigabyte in some thirty steps.
+seen costs it time, and memory that it keeps, so small products stay with torch, and rows are filled up with zeros to round
+numbers: with paths of all lengths a run's memory would otherwise grow from step to step.
 """
 
 from __future__ import annotations
@@ -54,14 +54,16 @@ def chosen(wanted: bool | None) -> bool:
 
 def rounded(n: int) -> int:
     """n or the next number of four binary digits and zeros behind them; at least a multiple of 8."""
-    step = max(8, 2 ** (n.bit_length() - 4))
-    return -(-n // step) * step
+    return -(-n // _step(n)) * _step(n)
 
 
 def floored(n: int) -> int:
     """The largest round number up to n >= 8."""
-    step = max(8, 2 ** (n.bit_length() - 4))
-    return n // step * step
+    return n // _step(n) * _step(n)
+
+
+def _step(n: int) -> int:
+    return max(8, 2 ** (n.bit_length() - 4))
 
 
 def filled(x: Tensor, rows: int) -> Tensor:

@@ -117,6 +117,21 @@ class TokenPolicy:
             raise GruppoError(f"the prompt {prompt!r} encodes to no token at all; sampling needs at least one")
         return torch.tensor(ids, dtype=torch.long)
 
+    def encoded(self, prompts: Sequence[Any], max_new: int) -> list[Tensor]:
+        """The token ids of every prompt, an object that comes again encoded once; refused where an answer would not fit."""
+        known: dict[int, Tensor] = {}
+        for p in prompts:
+            if id(p) not in known:
+                known[id(p)] = self.encode(p)
+        ids = [known[id(p)] for p in prompts]
+        longest = max(map(len, ids), default=0)
+        if longest + max_new > self.context:
+            raise GruppoError(
+                f"a prompt of {longest} tokens plus {max_new} new ones needs {longest + max_new} positions, "
+                f"but this model has {self.context}; shorten the prompt or lower max_new_tokens"
+            )
+        return ids
+
     def decode(self, ids: Tensor) -> str:
         """The text of a completion: without special tokens, white space untouched."""
         return self.tokenizer.decode(ids.tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -141,17 +156,7 @@ class TokenPolicy:
         """
         max_new = self.max_new if max_new is None else max_new
         temperature = self.temperature if temperature is None else temperature
-        known: dict[int, Tensor] = {}
-        for p in prompts:
-            if id(p) not in known:
-                known[id(p)] = self.encode(p)
-        ids = [known[id(p)] for p in prompts]
-        longest = max(map(len, ids), default=0)
-        if longest + max_new > self.context:
-            raise GruppoError(
-                f"a prompt of {longest} tokens plus {max_new} new ones needs {longest + max_new} positions, "
-                f"but this model has {self.context}; shorten the prompt or lower max_new_tokens"
-            )
+        ids = self.encoded(prompts, max_new)
         self._one_side([len(p) for p in ids], [max_new] * len(ids))
         return self._decode_rows(ids, max_new, temperature, tuple(stop), g) if ids else []
 

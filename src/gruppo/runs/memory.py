@@ -27,6 +27,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path as Folder
 from typing import Any
 
@@ -351,7 +352,7 @@ def here(words: Sequence[str], iterations: int = 3, full: bool = False) -> Measu
     from gruppo.runs.config import assemble, overrides
     from gruppo.runs.given import Given
     from gruppo.runs.session import Session
-    from gruppo.train import iterate
+    from gruppo.train import fit
 
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
@@ -365,20 +366,14 @@ def here(words: Sequence[str], iterations: int = 3, full: bool = False) -> Measu
         seen: list[list[Tensor]] = []
         Folder("/proc/self/clear_refs").write_text("5")  # the peak counts from here
         before = status("VmRSS")
-        for n in range(iterations):
-            stage.grade.at(n + 1, iterations)
-            for group in session.optimizer.param_groups:
-                group["lr"] = stage.rate(n + 1)
-            done = iterate(
-                policy,
-                session.stream.take(own.prompts_per_step),
-                stage.grade,
-                stage.recipe,
-                session.optimizer,
-                session.rng,
-                ref=session.reference,
-                budget=own.token_budget,
-            )
+        numbers = count(1)
+
+        def draw() -> object:
+            stage.grade.at(next(numbers), iterations)
+            return session.stream.take(own.prompts_per_step)
+
+        given = (policy, draw, stage.grade, stage.recipe, session.optimizer, session.rng)
+        for _, done in fit(*given, steps=iterations, rate=stage.rate, ref=session.reference, budget=own.token_budget):
             paths = [p for g in done.groups for p in g.paths]
             longest = max(longest, *(len(p.prompt) for p in paths))
             now = [[p.steps for p in g.paths] for g in done.groups]

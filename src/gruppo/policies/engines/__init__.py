@@ -187,17 +187,7 @@ class Sampler:
         """One path per prompt, in order, sampled by the engine with the trainer's weights of this moment."""
         max_new = int(self.trainer.max_new) if max_new is None else max_new
         temperature = float(self.trainer.temperature) if temperature is None else temperature
-        known: dict[int, Tensor] = {}
-        for p in prompts:
-            if id(p) not in known:
-                known[id(p)] = self.trainer.encode(p)
-        ids = [known[id(p)] for p in prompts]
-        longest = max(map(len, ids), default=0)
-        if longest + max_new > self.context:
-            raise GruppoError(
-                f"a prompt of {longest} tokens plus {max_new} new ones needs {longest + max_new} positions, "
-                f"but this model has {self.context}; shorten the prompt or lower max_new_tokens"
-            )
+        ids = self.trainer.encoded(prompts, max_new)
         if not ids:
             return []
         self.hand_over()
